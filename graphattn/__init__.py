@@ -1,0 +1,109 @@
+"""Paged attention on FlashInfer for torch.compile and CUDA graphs.
+
+Names are loaded when they are first used: importing this package imports neither FlashInfer, transformers, Triton nor
+NVML, and leaves CUDA alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from graphattn import errors, hf
+    from graphattn.buckets import BucketLadder
+    from graphattn.cache import KVCache
+    from graphattn.engine.llm import LLM
+    from graphattn.engine.request import RequestOutput
+    from graphattn.errors import (
+        BackendError,
+        BucketError,
+        CaptureError,
+        GraphattnError,
+        InvalidArgumentError,
+        InvalidRequestError,
+        ModelFileError,
+        NoActivePlanError,
+        OutOfPagesError,
+        UnsupportedModelError,
+    )
+    from graphattn.layer import Attention
+    from graphattn.memory import Ledger
+    from graphattn.pages import BlockTable, PagePool
+    from graphattn.runner import DecodeRunner
+    from graphattn.sampling import SamplingParams
+    from graphattn.spec import AttentionSpec, CacheSpec
+    from graphattn.state import StepState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "Attention",
+    "AttentionSpec",
+    "BackendError",
+    "BlockTable",
+    "BucketError",
+    "BucketLadder",
+    "CacheSpec",
+    "CaptureError",
+    "DecodeRunner",
+    "GraphattnError",
+    "InvalidArgumentError",
+    "InvalidRequestError",
+    "KVCache",
+    "Ledger",
+    "ModelFileError",
+    "NoActivePlanError",
+    "OutOfPagesError",
+    "PagePool",
+    "RequestOutput",
+    "SamplingParams",
+    "StepState",
+    "UnsupportedModelError",
+    "__version__",
+    "errors",
+    "hf",
+]
+
+_SUBMODULES = frozenset({"errors", "hf"})
+
+_MODULE_OF = {
+    "LLM": "engine.llm",
+    "Attention": "layer",
+    "AttentionSpec": "spec",
+    "BackendError": "errors",
+    "BlockTable": "pages",
+    "BucketError": "errors",
+    "BucketLadder": "buckets",
+    "CacheSpec": "spec",
+    "CaptureError": "errors",
+    "DecodeRunner": "runner",
+    "GraphattnError": "errors",
+    "InvalidArgumentError": "errors",
+    "InvalidRequestError": "errors",
+    "KVCache": "cache",
+    "Ledger": "memory",
+    "ModelFileError": "errors",
+    "NoActivePlanError": "errors",
+    "OutOfPagesError": "errors",
+    "PagePool": "pages",
+    "RequestOutput": "engine.request",
+    "SamplingParams": "sampling",
+    "StepState": "state",
+    "UnsupportedModelError": "errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Backends: who computes attention for a layer group."""

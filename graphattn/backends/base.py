@@ -1,0 +1,64 @@
+"""What a backend is: it says what it cannot serve, and makes plans that append and attend."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..spec import AttentionSpec, CacheSpec
+from ..state import StepState
+
+
+class Plan(Protocol):
+    """How one layer group of one step shape is computed.
+
+    Shape letters: N tokens, H query heads, K kv heads, D head dim, P pages, S slots in a page.
+    """
+
+    @property
+    def signature(self) -> tuple:
+        """Everything that a captured launch holds by value; a graph captured under another one must not be replayed."""
+        ...
+
+    def plan(self, batch: Batch) -> None:
+        """Prepares for these rows, from host numbers only; called before each step."""
+        ...
+
+    def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, k_cache_PSKD: Tensor, v_cache_PSKD: Tensor) -> Tensor:
+        """Appends the new keys and values to the cache, then attends causally over each row; returns `[N, H, D]`."""
+        ...
+
+
+class Backend(Protocol):
+    """Makes plans for one layer group.
+
+    Attributes:
+        name: what users ask for it by.
+        capturable: whether its decode plans may run inside a CUDA graph.
+    """
+
+    name: str
+    capturable: bool
+
+    def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, device: torch.device): ...
+
+    @staticmethod
+    def rejections(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> list[str]:
+        """Why this backend cannot serve the layer group; empty if it can. Imports nothing heavy to say so."""
+        ...
+
+    def decode_plan(self, state: StepState, bucket: int) -> Plan:
+        """The plan of a bucket: one query token a row, reading the state's fixed-address page tables."""
+        ...
+
+    def prefill_plan(self) -> Plan:
+        """A plan for ragged rows of any number of query tokens; never captured."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of workspace on the device."""
+        ...

@@ -1,0 +1,59 @@
+"""FlashInfer's paged kernels: tensor-core decode inside CUDA graphs, ragged prefill outside them."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from ...spec import AttentionSpec, CacheSpec
+from ...state import StepState
+from ..base import Plan
+
+VERSION = "0.7.2.post1"
+HEAD_DIMS = (64, 128, 256)
+
+
+class FlashInferBackend:
+    """One layer group on FlashInfer; every wrapper's workspace is as large as its plans need and no larger."""
+
+    name = "flashinfer"
+    capturable = True
+
+    def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, device: torch.device):
+        from .workspace import Workspace
+
+        self._group, self._spec, self._cache = group, spec, cache
+        self._decode_workspace, self._prefill_workspace = Workspace(device), Workspace(device)
+
+    @staticmethod
+    def rejections(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> list[str]:
+        reasons = []
+        if device.type != "cuda":
+            reasons.append(f"it needs a CUDA device, this is {device}")
+        try:
+            installed = version("flashinfer-python")
+        except PackageNotFoundError:
+            reasons.append('it is not installed: pip install "graphattn[cuda]"')
+        else:
+            if installed != VERSION:
+                reasons.append(f"flashinfer-python {installed} is installed, this was built against {VERSION}")
+        if spec.head_dim not in HEAD_DIMS:
+            reasons.append(f"head_dim {spec.head_dim}: it has kernels for {', '.join(map(str, HEAD_DIMS))}")
+        if cache.dtype not in (torch.bfloat16, torch.float16):
+            reasons.append(f"dtype {cache.dtype}: it has kernels for torch.bfloat16 and torch.float16")
+        return reasons
+
+    def decode_plan(self, state: StepState, bucket: int) -> Plan:
+        from .decode import DecodePlan
+
+        return DecodePlan(self._group, self._spec, self._cache, state, bucket, self._decode_workspace)
+
+    def prefill_plan(self) -> Plan:
+        from .prefill import PrefillPlan
+
+        return PrefillPlan(self._group, self._spec, self._cache, self._prefill_workspace)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._decode_workspace.num_bytes + self._prefill_workspace.num_bytes

@@ -1,0 +1,40 @@
+"""What decode and prefill share: the append, the call and its options.
+
+Shape letters: N tokens, H query heads, K kv heads, D head dim, P pages, S slots in a page.
+"""
+
+from __future__ import annotations
+
+from flashinfer import append_paged_kv_cache
+from torch import Tensor
+
+from ...batch import CSR, Batch
+from ...spec import AttentionSpec, CacheSpec
+from .workspace import PlanFence
+
+
+class PagedPlan:
+    """A FlashInfer wrapper over paged keys and values of one layer group."""
+
+    def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, wrapper):
+        self._group, self._wrapper, self._fence = group, wrapper, PlanFence()
+        self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, cache.page_size)
+        self._options = {
+            "window_left": -1 if spec.window is None else spec.window - 1,
+            "logits_soft_cap": spec.softcap,
+            "sm_scale": spec.scale,
+            "q_data_type": cache.dtype,
+            "kv_data_type": cache.dtype,
+        }
+
+    def _read(self, batch: Batch) -> CSR:
+        """Keeps where this batch's rows, positions and pages lie on the device; returns the pages' host side."""
+        self._rows_N, self._positions_N, self._csr = batch.rows_N, batch.positions_N, batch.groups[self._group]
+        return batch.groups_host[self._group]
+
+    def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, k_cache_PSKD: Tensor, v_cache_PSKD: Tensor) -> Tensor:
+        csr, pages = self._csr, (k_cache_PSKD, v_cache_PSKD)
+        append_paged_kv_cache(
+            k_NKD, v_NKD, self._rows_N, self._positions_N, pages, csr.indices_P, csr.indptr_B1, csr.last_page_len_B
+        )
+        return self._wrapper.run(q_NHD, pages, out=q_NHD.new_empty(q_NHD.shape))

@@ -1,0 +1,105 @@
+"""Paged attention in plain torch: the CPU's backend, and the oracle for the others.
+
+Shape letters: N tokens, B rows, T query tokens of a row, L keys of a row, H query heads, K kv heads, G = H / K,
+D head dim, P pages, S slots in a page.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..spec import AttentionSpec, CacheSpec
+from ..state import StepState
+
+QUERY_BLOCK = 512  # query tokens whose scores are held at once
+
+
+class ReferenceBackend:
+    """Gathers each row's pages and computes in float32 (float64 stays float64), on any device, without CUDA graphs."""
+
+    name = "reference"
+    capturable = False
+    num_bytes = 0
+
+    def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, device: torch.device):
+        self._group, self._spec, self._page_size = group, spec, cache.page_size
+
+    @staticmethod
+    def rejections(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> list[str]:
+        return []
+
+    def decode_plan(self, state: StepState, bucket: int) -> ReferencePlan:
+        return self.prefill_plan()
+
+    def prefill_plan(self) -> ReferencePlan:
+        return ReferencePlan(self._group, self._spec, self._page_size)
+
+
+class ReferencePlan:
+    """Slots to write and to read for the rows of one step; decode rows are computed together, longer ones in turn."""
+
+    signature = ()
+
+    def __init__(self, group: int, spec: AttentionSpec, page_size: int):
+        self._group, self._spec, self._page_size = group, spec, page_size
+
+    def plan(self, batch: Batch) -> None:
+        csr, device = batch.groups_host[self._group], batch.token_ids_N.device
+        kv_lens, query_lens = csr.kv_lens(self._page_size).tolist(), batch.qo_indptr_B1.diff().tolist()
+        in_page = torch.arange(self._page_size)
+        slots_of_row = [
+            (pages.long()[:, None] * self._page_size + in_page).flatten()[:length]
+            for pages, length in zip(csr.indices_P.split(csr.indptr_B1.diff().tolist()), kv_lens, strict=True)
+        ]
+        new = [slots[length - count :] for slots, length, count in zip(slots_of_row, kv_lens, query_lens, strict=True)]
+        self._new_slots_N = torch.cat(new).to(device)
+        if max(query_lens) == 1:
+            parts = [torch.nn.utils.rnn.pad_sequence(slots_of_row, batch_first=True)]
+            self._parts = [(slice(None), parts[0].to(device), torch.tensor(kv_lens, device=device))]
+        else:
+            ends = batch.qo_indptr_B1.tolist()
+            self._parts = [
+                (slice(start, end), slots.to(device)[None], torch.tensor([length], device=device))
+                for start, end, slots, length in zip(ends[:-1], ends[1:], slots_of_row, kv_lens, strict=True)
+            ]
+
+    def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, k_cache_PSKD: Tensor, v_cache_PSKD: Tensor) -> Tensor:
+        keys_KD, values_KD = k_cache_PSKD.flatten(0, 1), v_cache_PSKD.flatten(0, 1)
+        keys_KD.index_copy_(0, self._new_slots_N, k_NKD)
+        values_KD.index_copy_(0, self._new_slots_N, v_NKD)
+        out_NHD = q_NHD.new_empty(q_NHD.shape)
+        for rows, slots_BL, kv_lens_B in self._parts:
+            num_rows = len(slots_BL)
+            q_BTHD = q_NHD[rows].unflatten(0, (num_rows, -1))
+            out_BTHD = self._attend_rows(q_BTHD, keys_KD[slots_BL], values_KD[slots_BL], kv_lens_B)
+            out_NHD[rows] = out_BTHD.flatten(0, 1).to(q_NHD.dtype)
+        return out_NHD
+
+    def _attend_rows(self, q_BTHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, kv_lens_B: Tensor) -> Tensor:
+        spec, dtype = self._spec, torch.promote_types(q_BTHD.dtype, torch.float32)
+        num_queries, num_keys = q_BTHD.shape[1], k_BLKD.shape[1]
+        key_L = torch.arange(num_keys, device=q_BTHD.device)
+        # Slots beyond a row's length are padding of the gather: they may hold anything, NaN times zero included.
+        beyond_BL = key_L >= kv_lens_B[:, None]
+        k_BKDL = k_BLKD.to(dtype).permute(0, 2, 3, 1)
+        v_BKLD = v_BLKD.to(dtype).masked_fill(beyond_BL[:, :, None, None], 0).transpose(1, 2)
+        blocks = []
+        for start in range(0, num_queries, QUERY_BLOCK):
+            q_BTKGD = q_BTHD[:, start : start + QUERY_BLOCK].to(dtype).unflatten(2, (spec.num_kv_heads, -1))
+            block = q_BTKGD.shape[1]
+            q_BKMD = q_BTKGD.permute(0, 2, 3, 1, 4).flatten(2, 3)  # M = G x T
+            scores_BKGTL = (q_BKMD @ k_BKDL * spec.scale).unflatten(2, (spec.group_size, block))
+            if spec.softcap is not None:
+                scores_BKGTL = spec.softcap * torch.tanh(scores_BKGTL / spec.softcap)
+            query_T = torch.arange(start, start + block, device=q_BTHD.device)
+            position_BT = kv_lens_B[:, None] - num_queries + query_T
+            hidden_BTL = key_L > position_BT[..., None]
+            if spec.window is not None:
+                hidden_BTL |= key_L <= position_BT[..., None] - spec.window
+            scores_BKGTL = scores_BKGTL.masked_fill(hidden_BTL[:, None, None], float("-inf"))
+            out_BKMD = scores_BKGTL.softmax(-1).flatten(2, 3) @ v_BKLD
+            out_BKGTD = out_BKMD.unflatten(2, (spec.group_size, block))
+            blocks.append(out_BKGTD.permute(0, 3, 1, 2, 4).flatten(2, 3))
+        return torch.cat(blocks, dim=1)

@@ -1,0 +1,128 @@
+"""What one step runs on: tokens, positions and the pages of each row, on the device and as host numbers.
+
+Shape letters: N tokens of the step, B rows, B1 = B + 1, P pages of all rows together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class CSR:
+    """The pages of each row, as FlashInfer's wrappers take them (all int32).
+
+    Attributes:
+        indptr_B1: row b's pages are `indices_P[indptr_B1[b]:indptr_B1[b + 1]]`.
+        indices_P: page numbers; a fixed-address buffer may be longer than what `indptr_B1` uses.
+        last_page_len_B: filled slots of each row's last page, 1 to page_size.
+    """
+
+    indptr_B1: Tensor
+    indices_P: Tensor
+    last_page_len_B: Tensor
+
+    def kv_lens(self, page_size: int) -> Tensor:
+        """Tokens of each row, the step's own included, `[B]`."""
+        return (self.indptr_B1.diff() - 1) * page_size + self.last_page_len_B
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's rows. Planning reads only the host side, kernels only the device side.
+
+    Attributes:
+        token_ids_N, positions_N: int32 on the device; row after row.
+        rows_N: int32 on the device, the row of each token.
+        qo_indptr_B1: int32 on the host, row b's tokens are `qo_indptr_B1[b]:qo_indptr_B1[b + 1]`.
+        groups: the pages on the device, one `CSR` per layer group.
+        groups_host: the same numbers on the host.
+    """
+
+    token_ids_N: Tensor
+    positions_N: Tensor
+    rows_N: Tensor
+    qo_indptr_B1: Tensor
+    groups: tuple[CSR, ...]
+    groups_host: tuple[CSR, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.qo_indptr_B1) - 1
+
+
+def csr_arrays(
+    tables: Sequence[Sequence[int]], kv_lens: Sequence[int], page_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """indptr, indices and last_page_len for rows of `kv_lens` tokens; a table may hold more pages than that needs.
+
+    Raises:
+        InvalidArgumentError: a row is empty or its table too short for its tokens.
+    """
+    lens = np.asarray(kv_lens, dtype=np.int32)
+    counts = -(-lens // page_size)
+    for row, (table, length, count) in enumerate(zip(tables, kv_lens, counts.tolist(), strict=True)):
+        if length < 1 or len(table) < count:
+            raise InvalidArgumentError(
+                f"row {row}: {length} tokens need {count} pages (page_size={page_size}), its table has {len(table)}; "
+                "grow the table before the step, and give every row at least one token"
+            )
+    indptr = np.zeros(len(lens) + 1, dtype=np.int32)
+    np.cumsum(counts, out=indptr[1:])
+    pages = chain.from_iterable(islice(table, count) for table, count in zip(tables, counts.tolist(), strict=True))
+    indices = np.fromiter(pages, dtype=np.int32, count=int(indptr[-1]))
+    return indptr, indices, (lens - 1) % page_size + 1
+
+
+def ragged_batch(
+    token_ids: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    tables: Sequence[Sequence[Sequence[int]]],
+    *,
+    page_size: int,
+    device: torch.device | str,
+) -> Batch:
+    """A batch of rows with any number of new tokens each (prefill, or a chunk of it over a cached prefix).
+
+    Args:
+        token_ids: the new tokens of each row.
+        starts: tokens of each row that are in the cache already; the position of its first new token.
+        tables: `tables[group][row]`, the row's pages in order, with room for all its tokens.
+        page_size: tokens in a page.
+        device: where the kernels run; everything goes there in one copy.
+
+    Raises:
+        InvalidArgumentError: a row has no new token, or too few pages.
+    """
+    counts = [len(ids) for ids in token_ids]
+    if not counts or min(counts) < 1:
+        raise InvalidArgumentError(f"rows of {counts} new tokens: a prefill has rows, each with at least one token")
+    kv_lens = [start + count for start, count in zip(starts, counts, strict=True)]
+    num_tokens = sum(counts)
+    qo_indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    parts = [
+        np.fromiter(chain.from_iterable(token_ids), dtype=np.int32, count=num_tokens),
+        np.concatenate([np.arange(start, end) for start, end in zip(starts, kv_lens, strict=True)]),
+        np.repeat(np.arange(len(counts)), counts),
+    ]
+    for group in tables:
+        parts += csr_arrays(group, kv_lens, page_size)
+    host = torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="same_kind"))
+    sizes = [len(part) for part in parts]
+    if torch.device(device).type == "cuda":
+        host = host.pin_memory()
+    views_host = host.split(sizes)
+    views = host.to(device, non_blocking=True).split(sizes)
+
+    def groups(split: Sequence[Tensor]) -> tuple[CSR, ...]:
+        return tuple(CSR(*split[at : at + 3]) for at in range(3, len(split), 3))
+
+    return Batch(*views[:3], torch.from_numpy(qo_indptr), groups(views), groups(views_host))

@@ -1,0 +1,52 @@
+"""The paged keys and values: one pair of tensors per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidArgumentError
+from .spec import AttentionSpec, CacheSpec
+
+
+class KVCache:
+    """Keys and values of every layer, in pages.
+
+    Args:
+        num_layers: layers to hold.
+        spec: heads and width of a layer.
+        cache: pages, page size and dtype.
+        device: where the tensors lie.
+
+    Attributes:
+        layers: `[(k_cache, v_cache), ...]`, each tensor `[num_pages, page_size, num_kv_heads, head_dim]`
+            (P pages, S slots in a page, H kv heads, D head dim), uninitialised: attention never reads a slot
+            that no token was appended to.
+
+    Raises:
+        InvalidArgumentError: `num_layers` is below 1.
+    """
+
+    def __init__(self, num_layers: int, spec: AttentionSpec, cache: CacheSpec, device: torch.device | str):
+        if num_layers < 1:
+            raise InvalidArgumentError(f"num_layers={num_layers}: it must be at least 1")
+        self.spec, self.cache, self.device = spec, cache, torch.device(device)
+        shape_PSHD = (cache.num_pages, cache.page_size, spec.num_kv_heads, spec.head_dim)
+        self.layers: list[tuple[Tensor, Tensor]] = [
+            tuple(torch.empty(shape_PSHD, dtype=cache.dtype, device=self.device) for _ in "kv")
+            for _ in range(num_layers)
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all layers' keys and values."""
+        return len(self.layers) * self.cache.num_pages * self.cache.page_bytes(self.spec)
+
+    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copies whole pages within every layer; the two lists are paired and share no page."""
+        source_P, target_P = (torch.tensor(pages, device=self.device) for pages in (source, target))
+        for pair in self.layers:
+            for tensor_PSHD in pair:
+                tensor_PSHD.index_copy_(0, target_P, tensor_PSHD.index_select(0, source_P))

@@ -1,0 +1,1 @@
+"""Continuous batching over the layer: requests, scheduling, and the public `LLM`."""

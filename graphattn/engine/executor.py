@@ -1,0 +1,201 @@
+"""Runs scheduled work on the device: the model, its cache, and the captured decode step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..batch import ragged_batch
+from ..buckets import BucketLadder
+from ..cache import KVCache
+from ..errors import CaptureError, InvalidArgumentError
+from ..hf.binding import Binding
+from ..layer import Attention
+from ..memory import tensor_bytes
+from ..ops import active_plans
+from ..plan import Planner
+from ..runner import DecodeRunner
+from ..sampling import Sampled, sample
+from ..spec import CacheSpec
+from ..state import StepState
+from .request import Request
+from .scheduler import Chunk
+from .step import ModelStep
+
+Drawn = list[tuple[int, dict[int, float] | None]]
+
+
+class Executor:
+    """A bound model with its pages, prefilling ragged batches eagerly and decoding through the runner."""
+
+    def __init__(
+        self,
+        binding: Binding,
+        cache: CacheSpec,
+        *,
+        backend: str,
+        enforce_eager: bool,
+        compile: bool,
+        capture: str,
+        ladder: BucketLadder,
+        max_seq_len: int,
+    ):
+        self.binding, self.model, self.device = binding, binding.model, binding.model.device
+        groups = [binding.spec]
+        self.planner = Planner(groups, cache, self.device, backend)
+        self.cache = KVCache(len(binding.layers), binding.spec, cache, self.device)
+        binding.bind(self.cache)
+        self.state = StepState(
+            max_batch=ladder.max,
+            max_seq_len=max_seq_len,
+            page_size=cache.page_size,
+            groups=groups,
+            device=self.device,
+        )
+        self.step = ModelStep(self.model, compile=compile)
+        self.runner = DecodeRunner(
+            self.step, self.state, self.planner, ladder=ladder, enforce_eager=enforce_eager, capture=capture
+        )
+        self._prefill_plan = self.planner.prefill()
+        self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self._weights = [
+            (tensors, name)
+            for module in self.model.modules()
+            if not isinstance(module, Attention)
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        ]
+        self._addresses = self._read_addresses()
+        pinned = self.device.type == "cuda"
+        self._ids_host = torch.empty(ladder.max, dtype=torch.int64, pin_memory=pinned)
+        self._copied = torch.cuda.Event() if pinned else None
+
+    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Prepares every bucket (or the largest, if lazily)."""
+        self.runner.capture(progress)
+
+    def prefill(self, chunks: Sequence[Chunk]) -> Drawn:
+        """Computes the next tokens of each request; draws one for each chunk that completes its request's tokens."""
+        requests = [chunk.request for chunk in chunks]
+        starts = [request.num_computed for request in requests]
+        ends = [start + chunk.num_tokens for start, chunk in zip(starts, chunks, strict=True)]
+        batch = ragged_batch(
+            [request.tokens[start:end] for request, start, end in zip(requests, starts, ends, strict=True)],
+            starts,
+            [[request.table.pages for request in requests]],
+            page_size=self.state.page_size,
+            device=self.device,
+        )
+        complete = torch.tensor([chunk.completes for chunk in chunks])
+        last = batch.qo_indptr_B1[1:][complete].long() - 1
+        if not len(last):
+            last = batch.qo_indptr_B1[-1:].long() - 1  # its logits are computed for nobody
+        self._prefill_plan.plan(batch)
+        with torch.no_grad(), active_plans(self._prefill_plan.groups):
+            logits_RV = self._last_logits(batch.token_ids_N, batch.positions_N, self._upload(last))
+        for chunk in chunks:
+            chunk.request.computed(chunk.num_tokens)
+        drawn = [chunk.request for chunk in chunks if chunk.request.num_pending == 0]
+        return self._fetch(sample(logits_RV, [request.row() for request in drawn]), drawn) if drawn else []
+
+    def decode(self, requests: Sequence[Request]) -> Drawn:
+        """One token for each request, at the bucket that holds them."""
+        logits_BV, greedy_B = self.runner.run(
+            [request.tokens[-1] for request in requests],
+            [len(request.tokens) for request in requests],
+            [[request.table.pages for request in requests]],
+        )
+        for request in requests:
+            request.computed(1)
+        if all(_is_plain(request) for request in requests):
+            return self._fetch(Sampled(greedy_B), requests)
+        return self._fetch(sample(logits_BV, [request.row() for request in requests]), requests)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies named tensors into the model's own, whose addresses captured graphs hold."""
+        own = self.model.state_dict()
+        for name, tensor in weights:
+            if name not in own:
+                raise InvalidArgumentError(f"weight {name!r}: the model has none of that name")
+            if own[name].shape != tensor.shape:
+                raise InvalidArgumentError(
+                    f"weight {name!r} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+                )
+            own[name].copy_(tensor)
+
+    def check_weights(self) -> None:
+        """Raises CaptureError if a weight no longer lies where captured steps read it."""
+        if self.runner.uses_graphs and self._addresses != self._read_addresses():
+            raise CaptureError(
+                "a weight was moved or reassigned after capture, so captured steps would read the old one; "
+                "update weights in place with llm.load_weights(...), or make a new LLM"
+            )
+
+    def parts(self) -> dict[str, int]:
+        """Bytes on the device by what they are for."""
+        return {
+            "weights": tensor_bytes(tensors[name] for tensors, name in self._weights),
+            "KV pages": self.cache.num_bytes,
+            "workspaces": self.planner.num_bytes,
+            "step buffers": self.state.num_bytes + self.runner.num_bytes,
+        }
+
+    def close(self) -> None:
+        """Frees graphs and pages and restores the model."""
+        self.runner.close()
+        self.binding.detach()
+
+    def _read_addresses(self) -> list[int]:
+        return [tensors[name].data_ptr() for tensors, name in self._weights]
+
+    def _last_logits(self, token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor) -> Tensor:
+        inputs = {"input_ids": token_ids_N[None], "position_ids": positions_N[None], "use_cache": False}
+        if self._keeps_logits:
+            return self.model(**inputs, logits_to_keep=last_R).logits[0]
+        return self.model(**inputs).logits[0, last_R]
+
+    def _upload(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def _fetch(self, sampled: Sampled, requests: Sequence[Request]) -> Drawn:
+        """The drawn ids on the host; waits for the step, and for nothing queued after it."""
+        ids = self._ids_host[: len(requests)]
+        ids.copy_(sampled.token_ids, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+            self._copied.synchronize()
+        token_ids = ids.tolist()
+        if sampled.logprobs is None:
+            return [(token_id, None) for token_id in token_ids]
+        return list(zip(token_ids, _logprobs(sampled, token_ids, requests), strict=True))
+
+
+def _is_plain(request: Request) -> bool:
+    """Whether the argmax that the step computes is this request's draw."""
+    params = request.params
+    return (
+        params.is_greedy
+        and params.logprobs is None
+        and params.repetition_penalty == 1.0
+        and not (request.below_minimum and request.stop_ids)
+    )
+
+
+def _logprobs(sampled: Sampled, token_ids: Sequence[int], requests: Sequence[Request]) -> list[dict[int, float] | None]:
+    own = sampled.logprobs.tolist()
+    top_ids, top = sampled.top_ids.tolist(), sampled.top_logprobs.tolist()
+    rows: list[dict[int, float] | None] = []
+    for row, request in enumerate(requests):
+        count = request.params.logprobs
+        if count is None:
+            rows.append(None)
+            continue
+        likely = dict(zip(top_ids[row][:count], top[row][:count], strict=True))
+        rows.append({token_ids[row]: own[row], **likely})
+    return rows

@@ -1,0 +1,174 @@
+"""One request on its way through the engine, and what the caller gets back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..pages import BlockTable
+from ..sampling import RowSampling, SamplingParams
+from .text import TextStream
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds since the request was added, and what happened to it meanwhile.
+
+    Attributes:
+        first_token: until its first token; None if it had none.
+        total: until it ended.
+        cached_tokens: prompt tokens found in the prefix cache when it first ran.
+        preemptions: how often it lost its pages and was recomputed.
+    """
+
+    first_token: float | None
+    total: float
+    cached_tokens: int
+    preemptions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+    """A finished request.
+
+    Attributes:
+        request_id: what `add_request` returned.
+        index: which of the `n` samples of that request this is.
+        prompt_token_ids: the prompt.
+        token_ids: what was generated, an end token included.
+        text: the same as text, special tokens left out, cut before a stop string.
+        finish_reason: "stop" (an end token or stop string), "length", "abort" or "error".
+        logprobs: per generated token, token id -> log-probability of the drawn and the most likely ids; None if
+            not asked for.
+        timings: seconds.
+        error: what failed, for "error".
+    """
+
+    request_id: int
+    index: int
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    logprobs: tuple[dict[int, float], ...] | None
+    timings: Timings
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What one step added to a request.
+
+    Attributes:
+        request_id, index: as in `RequestOutput`.
+        token_ids: the new tokens.
+        text: the new text; text that may still become part of a stop string is held back until it is clear.
+        output: the whole result, with the last delta; None before.
+    """
+
+    request_id: int
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    output: RequestOutput | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """A request inside the engine.
+
+    Attributes:
+        tokens: prompt and generated ids.
+        num_computed: tokens whose keys and values are in the cache.
+        stop_ids: ids that end it.
+        max_tokens: tokens it may generate.
+        text: turns tokens into text as they come; None where only the end needs it.
+    """
+
+    id: int
+    index: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    stop_ids: frozenset[int]
+    table: BlockTable
+    text: TextStream | None
+    tokens: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+    arrived: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    cached_tokens: int | None = None
+    preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens whose keys and values are still to be computed; 1 for a row that decodes."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def below_minimum(self) -> bool:
+        return self.num_generated < self.params.min_tokens
+
+    def row(self) -> RowSampling:
+        """What it asks of the next draw."""
+        return RowSampling(
+            params=self.params,
+            seed=self.seed,
+            position=len(self.tokens),
+            seen=self.tokens if self.params.repetition_penalty != 1.0 else (),
+            banned=tuple(self.stop_ids) if self.below_minimum else (),
+        )
+
+    def computed(self, count: int) -> None:
+        """`count` more tokens have their keys and values on the way to the cache."""
+        self.num_computed += count
+        whole = self.num_computed == len(self.tokens)
+        self.table.commit(self.tokens if whole else self.tokens[: self.num_computed])
+
+    def accept(self, token_id: int, logprobs: dict[int, float] | None) -> FinishReason | None:
+        """Takes a drawn token; returns why the request ends with it, if it does."""
+        if self.first_token is None:
+            self.first_token = time.perf_counter() - self.arrived
+        below_minimum = self.below_minimum
+        self.tokens.append(token_id)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        if self.text is not None:
+            self.text.push(token_id, may_stop=not below_minimum)
+            if self.text.stopped:
+                return "stop"
+        if token_id in self.stop_ids and not below_minimum:
+            return "stop"
+        return "length" if self.num_generated >= self.max_tokens else None
+
+    def output(self, reason: FinishReason, text: str, error: str | None = None) -> RequestOutput:
+        generated: Sequence[int] = self.tokens[len(self.prompt) :]
+        return RequestOutput(
+            request_id=self.id,
+            index=self.index,
+            prompt_token_ids=self.prompt,
+            token_ids=tuple(generated),
+            text=text,
+            finish_reason=reason,
+            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
+            timings=Timings(
+                first_token=self.first_token,
+                total=time.perf_counter() - self.arrived,
+                cached_tokens=self.cached_tokens or 0,
+                preemptions=self.preemptions,
+            ),
+            error=error,
+        )

@@ -1,0 +1,70 @@
+"""Tokens to text as they come, and stop strings wherever they fall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no whole character yet
+
+
+class TextStream:
+    """The text of one request, decoded piece by piece.
+
+    Args:
+        decode: ids to text.
+        stop: strings that end the request; the text is cut before the first that appears.
+
+    Attributes:
+        text: everything decoded so far, cut before a stop string.
+        stopped: whether a stop string has appeared.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()):
+        self.text, self.stopped = "", False
+        self._decode, self._stop = decode, tuple(stop)
+        self._ids: list[int] = []
+        self._prefix = self._read = 0  # a piece is decoded with the piece before it, since joins change spaces
+        self._taken = 0
+
+    def push(self, token_id: int, *, may_stop: bool = True) -> None:
+        """Adds a token; with `may_stop` false stop strings that end in it do not count."""
+        self._ids.append(token_id)
+        self._advance(final=False, may_stop=may_stop)
+
+    def take(self, *, final: bool = False) -> str:
+        """New text since the last call; what may become a stop string or a whole character is held back.
+
+        Args:
+            final: nothing will follow, so nothing is held back.
+        """
+        if final:
+            self._advance(final=True, may_stop=not self.stopped)
+        end = len(self.text) - (0 if final or self.stopped else self._held_back())
+        piece, self._taken = self.text[self._taken : end], max(end, self._taken)
+        return piece
+
+    def _advance(self, *, final: bool, may_stop: bool) -> None:
+        if self.stopped or self._read == len(self._ids):
+            return
+        known = self._decode(self._ids[self._prefix : self._read])
+        piece = self._decode(self._ids[self._prefix :])
+        if piece.endswith(REPLACEMENT) and not final:
+            return
+        self._prefix, self._read = self._read, len(self._ids)
+        old = len(self.text)
+        self.text += piece[len(known) :]
+        if not may_stop:
+            return
+        found = [at for stop in self._stop if (at := self.text.find(stop, max(0, old - len(stop) + 1))) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that a stop string begins with."""
+        longest = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(self.text)), longest, -1):
+                if self.text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest

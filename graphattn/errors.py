@@ -1,0 +1,43 @@
+"""The exceptions graphattn raises. Each message says what was asked, what there was and what to do."""
+
+from __future__ import annotations
+
+
+class GraphattnError(Exception):
+    """Base of every error that graphattn raises on purpose."""
+
+
+class InvalidArgumentError(GraphattnError, ValueError):
+    """An argument of a constructor or call is outside what it can be."""
+
+
+class InvalidRequestError(InvalidArgumentError):
+    """A request was refused before it entered the engine; the engine and its other requests are as they were."""
+
+
+class OutOfPagesError(GraphattnError, RuntimeError):
+    """The page pool cannot hold what was asked for; nothing was allocated."""
+
+
+class BucketError(GraphattnError, ValueError):
+    """No bucket of the ladder covers the batch."""
+
+
+class BackendError(GraphattnError, RuntimeError):
+    """No backend, or not the one asked for, can serve the layer; the message lists each backend's reasons."""
+
+
+class NoActivePlanError(GraphattnError, RuntimeError):
+    """The attention op ran outside a planned step."""
+
+
+class CaptureError(GraphattnError, RuntimeError):
+    """A captured step no longer matches what it would replay (a moved weight, say)."""
+
+
+class UnsupportedModelError(GraphattnError, ValueError):
+    """The model's attention does something this layer does not serve; the message names it."""
+
+
+class ModelFileError(GraphattnError, ValueError):
+    """A path is not a model that can be loaded."""

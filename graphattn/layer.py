@@ -1,0 +1,98 @@
+"""The attention layer: packed queries, keys and values in, attention over the paged cache out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import ops  # noqa: F401  registers torch.ops.graphattn
+from .errors import InvalidArgumentError
+from .spec import AttentionSpec
+
+
+class Attention(nn.Module):
+    """Causal attention over a paged cache, one op whatever the backend; traceable by `torch.compile(fullgraph=True)`.
+
+    The rows of a step and their pages come from the active plan (`DecodeRunner` and `LLM` set it), not from arguments,
+    so a compiled or captured layer serves every step.
+
+    Args:
+        num_heads: query heads.
+        head_dim: width of a head.
+        scale: multiplies q.k before the softmax; None for `1/sqrt(head_dim)`.
+        num_kv_heads: key and value heads; None for `num_heads`.
+        window: latest keys a query sees, itself included; None for all.
+        softcap: `softcap * tanh(logits / softcap)`; None for none.
+        group: index of the layer group whose plan this layer runs under.
+
+    Raises:
+        InvalidArgumentError: heads that do not divide, or a count below 1.
+
+    Example:
+        >>> layer = Attention(num_heads=8, head_dim=64, num_kv_heads=2)
+        >>> layer.bind(*KVCache(1, layer.spec, CacheSpec(num_pages=64), "cpu").layers[0])
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        scale: float | None = None,
+        num_kv_heads: int | None = None,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        group: int = 0,
+    ):
+        super().__init__()
+        self.spec = AttentionSpec(
+            num_heads=num_heads,
+            num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
+            head_dim=head_dim,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+        self.group = group
+        self.register_buffer("k_cache", torch.empty(0), persistent=False)
+        self.register_buffer("v_cache", torch.empty(0), persistent=False)
+
+    def bind(self, k_cache: Tensor, v_cache: Tensor) -> None:
+        """Gives the layer its pages, `[num_pages, page_size, num_kv_heads, head_dim]` each (`KVCache.layers[i]`).
+
+        Raises:
+            InvalidArgumentError: the heads or width differ from the layer's.
+        """
+        expected = (self.spec.num_kv_heads, self.spec.head_dim)
+        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if cache.dim() != 4 or tuple(cache.shape[2:]) != expected:
+                raise InvalidArgumentError(
+                    f"{name} is {tuple(cache.shape)}: needed is [pages, page_size, {expected[0]}, {expected[1]}]"
+                )
+        self.k_cache, self.v_cache = k_cache, v_cache
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Appends `k` and `v` to the cache and attends.
+
+        Args:
+            q: `[N, num_heads, head_dim]`, N tokens of all rows packed; rotated already where the model has RoPE.
+            k: `[N, num_kv_heads, head_dim]`, likewise.
+            v: `[N, num_kv_heads, head_dim]`.
+
+        Returns:
+            `[N, num_heads, head_dim]`.
+
+        Raises:
+            InvalidArgumentError: a shape or dtype does not fit.
+            NoActivePlanError: called outside a planned step, or before `bind`.
+        """
+        spec = self.spec
+        for name, tensor, heads in (("q", q, spec.num_heads), ("k", k, spec.num_kv_heads), ("v", v, spec.num_kv_heads)):
+            if tensor.dim() != 3 or tensor.shape[1] != heads or tensor.shape[2] != spec.head_dim:
+                raise InvalidArgumentError(
+                    f"{name} is {tuple(tensor.shape)}: the layer takes [tokens, {heads}, {spec.head_dim}]"
+                )
+        return torch.ops.graphattn.attend(q, k, v, self.k_cache, self.v_cache, self.group)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, group={self.group}"

@@ -1,0 +1,242 @@
+"""Captures a decode step once per bucket and replays it.
+
+A step is any callable `step_fn(token_ids[B], positions[B]) -> Tensor | tuple[Tensor, ...]` whose attention layers are
+`Attention`; every output has B as its first dimension.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .buckets import BucketLadder
+from .errors import BackendError, CaptureError, InvalidArgumentError
+from .ops import active_plans
+from .plan import Planner, StepPlan
+from .state import StepState
+
+StepFn = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]
+CAPTURE_MODES = ("all", "lazy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """What one bucket's capture took.
+
+    Attributes:
+        bucket: rows.
+        seconds: warm-up (with compilation, if the step compiles) and capture.
+        num_bytes: by how much the capture shrank the driver's free memory; 0 without CUDA graphs.
+    """
+
+    bucket: int
+    seconds: float
+    num_bytes: int
+
+
+@dataclass
+class _Bucket:
+    plan: StepPlan
+    token_ids_B: Tensor
+    positions_B: Tensor
+    graph: torch.cuda.CUDAGraph | None = None
+    signature: tuple = ()
+
+
+class DecodeRunner:
+    """Runs decode steps at the ladder's buckets: captured in CUDA graphs, or eagerly with the same plan and callable.
+
+    Without CUDA graphs (`enforce_eager=True`, or a CPU) a step is the plain call of `step_fn` over the same static
+    buffers at the same bucket, so eager and captured give the same bits.
+
+    Args:
+        step_fn: the step; called as `step_fn(token_ids[B], positions[B])`, int32 at fixed addresses.
+        state: the buffers it reads.
+        planner: makes each bucket's attention plans.
+        ladder: the buckets; its largest must be `state.max_batch`.
+        enforce_eager: never capture.
+        capture: "all" captures every bucket in `capture()`; "lazy" the largest there, others when first used.
+
+    Attributes:
+        captures: a `Capture` per captured bucket, in order.
+        counts: steps by how they ran: "replay", "eager", and "guard" (a plan that no longer matched its capture).
+
+    Raises:
+        BackendError: a CUDA graph was asked of a backend that cannot be captured.
+        InvalidArgumentError: the ladder does not fit the state, or an unknown capture mode.
+    """
+
+    def __init__(
+        self,
+        step_fn: StepFn,
+        state: StepState,
+        planner: Planner,
+        *,
+        ladder: BucketLadder,
+        enforce_eager: bool = False,
+        capture: str = "all",
+    ):
+        if ladder.max != state.max_batch:
+            raise InvalidArgumentError(
+                f"the ladder ends at {ladder.max}, the state holds {state.max_batch} rows: make them equal"
+            )
+        if capture not in CAPTURE_MODES:
+            raise InvalidArgumentError(f"capture={capture!r}: choose {' or '.join(CAPTURE_MODES)}")
+        self.uses_graphs = state.device.type == "cuda" and not enforce_eager
+        if self.uses_graphs and not planner.capturable:
+            raise BackendError(
+                f"backend {planner.backends[0].name} cannot run inside a CUDA graph: pass enforce_eager=True"
+            )
+        self.state, self.planner, self.ladder = state, planner, ladder
+        self.captures: list[Capture] = []
+        self.counts: Counter[str] = Counter()
+        self._step_fn, self._lazy = step_fn, capture == "lazy"
+        self._buckets: dict[int, _Bucket] = {}
+        self._outputs: tuple[Tensor, ...] = ()
+        self._single = False
+        self._pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
+        self._stream = torch.cuda.Stream(state.device) if self.uses_graphs else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the outputs that all buckets share."""
+        return sum(output.nbytes for output in self._outputs)
+
+    def capture(self, progress: Callable[[int, int], None] | None = None) -> list[Capture]:
+        """Prepares the buckets, largest first so that smaller graphs fit in the pool it leaves.
+
+        Args:
+            progress: called as `progress(done, total)` after each bucket.
+
+        Returns:
+            What each bucket took.
+        """
+        sizes = sorted(self.ladder, reverse=True)[: 1 if self._lazy else None]
+        for done, bucket in enumerate(sizes, start=1):
+            self._prepare(bucket)
+            if progress is not None:
+                progress(done, len(sizes))
+        return self.captures
+
+    def run(
+        self, token_ids: Sequence[int], seq_lens: Sequence[int], tables: Sequence[Sequence[Sequence[int]]]
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Runs one step; returns without waiting for the device.
+
+        Args:
+            token_ids: the token each row feeds.
+            seq_lens: each row's length with that token counted.
+            tables: `tables[group][row]`, the row's pages in order.
+
+        Returns:
+            The step's outputs, cut to the rows given. They are overwritten by the next step.
+
+        Raises:
+            BucketError: no bucket holds the rows.
+            InvalidArgumentError: a row is too long or its table too short.
+        """
+        bucket = self.ladder.pick(len(token_ids))
+        prepared = self._prepare(bucket)
+        batch = self.state.stage(bucket, token_ids, seq_lens, tables)
+        prepared.plan.plan(batch)
+        if prepared.graph is None:
+            self.counts["eager"] += 1
+            self._call(prepared)
+        elif prepared.signature == prepared.plan.signature:
+            self.counts["replay"] += 1
+            prepared.graph.replay()
+        else:
+            self.counts["guard"] += 1
+            self._call(prepared)
+            self._capture_graph(prepared)
+        return self._result(len(token_ids))
+
+    def verify(
+        self, token_ids: Sequence[int], seq_lens: Sequence[int], tables: Sequence[Sequence[Sequence[int]]]
+    ) -> None:
+        """Runs one step by replay and eagerly at the same bucket and plan, and compares every bit of the outputs.
+
+        Raises:
+            CaptureError: an output differs; says which and where.
+        """
+        replayed = self.run(token_ids, seq_lens, tables)
+        replayed = [output.clone() for output in (replayed if isinstance(replayed, tuple) else (replayed,))]
+        self._call(self._buckets[self.ladder.pick(len(token_ids))])
+        for index, (output, eager) in enumerate(zip(replayed, self._outputs, strict=True)):
+            bits, eager_bits = (each.unsqueeze(-1).view(torch.uint8) for each in (output, eager[: len(token_ids)]))
+            differs = bits != eager_bits
+            if differs.any():
+                rows = differs.flatten(1).any(1).nonzero().flatten().tolist()
+                raise CaptureError(
+                    f"output {index} of the captured step differs from the eager one in rows {rows}: "
+                    "something that the step reads was baked into the capture or moved since"
+                )
+
+    def close(self) -> None:
+        """Frees the graphs and the outputs."""
+        self._buckets.clear()
+        self._outputs = ()
+
+    def _prepare(self, bucket: int) -> _Bucket:
+        if bucket in self._buckets:
+            return self._buckets[bucket]
+        started = time.perf_counter()
+        free = torch.cuda.mem_get_info(self.state.device)[0] if self.uses_graphs else 0
+        prepared = _Bucket(
+            self.planner.decode(self.state, bucket), self.state.token_ids(bucket), self.state.positions(bucket)
+        )
+        batch = self.state.stage(bucket, [], [], [[] for _ in self.state.groups])
+        prepared.plan.plan(batch)
+        self._allocate_outputs(prepared, bucket)
+        if self.uses_graphs:
+            self._capture_graph(prepared)
+            free -= torch.cuda.mem_get_info(self.state.device)[0]
+        self._buckets[bucket] = prepared
+        self.captures.append(Capture(bucket=bucket, seconds=time.perf_counter() - started, num_bytes=max(free, 0)))
+        return prepared
+
+    def _allocate_outputs(self, prepared: _Bucket, bucket: int) -> None:
+        if self._outputs:
+            return
+        outputs = self._eager(prepared)
+        self._single = isinstance(outputs, Tensor)
+        outputs = (outputs,) if self._single else outputs
+        for index, output in enumerate(outputs):
+            if output.shape[:1] != (bucket,):
+                raise InvalidArgumentError(
+                    f"output {index} of step_fn is {tuple(output.shape)}: its first dimension must be the {bucket} rows"
+                )
+        rows = self.state.max_batch
+        self._outputs = tuple(output.new_zeros((rows, *output.shape[1:])) for output in outputs)
+
+    def _eager(self, prepared: _Bucket) -> Tensor | tuple[Tensor, ...]:
+        with torch.no_grad(), active_plans(prepared.plan.groups):
+            return self._step_fn(prepared.token_ids_B, prepared.positions_B)
+
+    def _call(self, prepared: _Bucket) -> None:
+        """The step and the copy into the shared outputs: exactly what is captured."""
+        outputs = self._eager(prepared)
+        for shared, output in zip(self._outputs, (outputs,) if self._single else outputs, strict=True):
+            shared[: len(prepared.token_ids_B)].copy_(output)
+
+    def _capture_graph(self, prepared: _Bucket) -> None:
+        # Warm-up on the capture stream: cuBLAS workspaces, compilation and lazily loaded kernels must not be captured.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(2):
+                self._call(prepared)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.synchronize(self.state.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            self._call(prepared)
+        prepared.graph, prepared.signature = graph, prepared.plan.signature
+
+    def _result(self, num_rows: int) -> Tensor | tuple[Tensor, ...]:
+        outputs = tuple(output[:num_rows] for output in self._outputs)
+        return outputs[0] if self._single else outputs

@@ -1,0 +1,90 @@
+"""What a layer group computes and where its keys and values lie."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .errors import InvalidArgumentError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """One layer group: layers whose attention is the same computation and so can share one plan.
+
+    Attributes:
+        num_heads: query heads, a multiple of `num_kv_heads`.
+        num_kv_heads: key and value heads.
+        head_dim: width of a head, the same for queries, keys and values.
+        scale: multiplies q.k before the softmax; `1/sqrt(head_dim)` where None is given.
+        window: how many of the latest keys a query sees, itself included; None for all of them.
+            FlashInfer's `window_left` is `window - 1`.
+        softcap: logits become `softcap * tanh(logits / softcap)`; None for none.
+
+    Raises:
+        InvalidArgumentError: a count is below 1, or the query heads are no multiple of the kv heads.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise InvalidArgumentError(f"{name}={getattr(self, name)}: it must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise InvalidArgumentError(
+                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}: "
+                "every kv head serves the same number of query heads"
+            )
+        if self.scale is None:
+            object.__setattr__(self, "scale", 1.0 / math.sqrt(self.head_dim))
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise InvalidArgumentError(f"scale={self.scale}: it must be a positive number")
+        if self.window is not None and self.window < 1:
+            raise InvalidArgumentError(f"window={self.window}: it counts the token itself, so it is at least 1")
+        if self.softcap is not None and not self.softcap > 0:
+            raise InvalidArgumentError(f"softcap={self.softcap}: it must be positive, or None for no cap")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share a kv head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """How the paged cache of a layer lies in memory: `[num_pages, page_size, num_kv_heads, head_dim]` (NHD).
+
+    Attributes:
+        num_pages: pages of each layer, the null page 0 among them.
+        page_size: tokens in a page.
+        dtype: of keys, values and queries.
+
+    Raises:
+        InvalidArgumentError: fewer than 2 pages, an empty page, or a dtype that attention has no kernel for.
+    """
+
+    num_pages: int
+    page_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        if self.num_pages < 2:
+            raise InvalidArgumentError(f"num_pages={self.num_pages}: page 0 is reserved, so at least 2 are needed")
+        if self.page_size < 1:
+            raise InvalidArgumentError(f"page_size={self.page_size}: it must be at least 1")
+        if self.dtype not in DTYPES:
+            raise InvalidArgumentError(f"dtype={self.dtype}: the cache holds one of {', '.join(map(str, DTYPES))}")
+
+    def page_bytes(self, spec: AttentionSpec) -> int:
+        """Bytes that one page takes in one layer, keys and values together."""
+        return 2 * self.page_size * spec.num_kv_heads * spec.head_dim * self.dtype.itemsize

@@ -30,13 +30,15 @@ class Capture:
 
     Attributes:
         bucket: rows.
-        seconds: warm-up (with compilation, if the step compiles) and capture.
-        num_bytes: by how much the capture shrank the driver's free memory; 0 without CUDA graphs.
+        seconds: planning, warm-up (with compilation, if the step compiles) and capture.
+        pool_bytes: what the graph added to torch's private pool; 0 without CUDA graphs.
+        driver_bytes: by how much the driver's free memory shrank beyond that.
     """
 
     bucket: int
     seconds: float
-    num_bytes: int
+    pool_bytes: int = 0
+    driver_bytes: int = 0
 
 
 @dataclass
@@ -186,18 +188,15 @@ class DecodeRunner:
         if bucket in self._buckets:
             return self._buckets[bucket]
         started = time.perf_counter()
-        free = torch.cuda.mem_get_info(self.state.device)[0] if self.uses_graphs else 0
         prepared = _Bucket(
             self.planner.decode(self.state, bucket), self.state.token_ids(bucket), self.state.positions(bucket)
         )
         batch = self.state.stage(bucket, [], [], [[] for _ in self.state.groups])
         prepared.plan.plan(batch)
         self._allocate_outputs(prepared, bucket)
-        if self.uses_graphs:
-            self._capture_graph(prepared)
-            free -= torch.cuda.mem_get_info(self.state.device)[0]
+        sizes = self._capture_graph(prepared) if self.uses_graphs else {}
         self._buckets[bucket] = prepared
-        self.captures.append(Capture(bucket=bucket, seconds=time.perf_counter() - started, num_bytes=max(free, 0)))
+        self.captures.append(Capture(bucket=bucket, seconds=time.perf_counter() - started, **sizes))
         return prepared
 
     def _allocate_outputs(self, prepared: _Bucket, bucket: int) -> None:
@@ -224,18 +223,24 @@ class DecodeRunner:
         for shared, output in zip(self._outputs, (outputs,) if self._single else outputs, strict=True):
             shared[: len(prepared.token_ids_B)].copy_(output)
 
-    def _capture_graph(self, prepared: _Bucket) -> None:
-        # Warm-up on the capture stream: cuBLAS workspaces, compilation and lazily loaded kernels must not be captured.
+    def _capture_graph(self, prepared: _Bucket) -> dict[str, int]:
+        """Warms up and captures; returns the bytes that the graph took."""
+        # On the capture stream: cuBLAS workspaces, compilation and lazily loaded kernels must not be captured.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(2):
                 self._call(prepared)
         torch.cuda.current_stream().wait_stream(self._stream)
         torch.cuda.synchronize(self.state.device)
+        torch.cuda.empty_cache()
+        reserved, free = torch.cuda.memory_reserved(self.state.device), torch.cuda.mem_get_info(self.state.device)[0]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             self._call(prepared)
         prepared.graph, prepared.signature = graph, prepared.plan.signature
+        pool_bytes = torch.cuda.memory_reserved(self.state.device) - reserved
+        taken = free - torch.cuda.mem_get_info(self.state.device)[0]
+        return {"pool_bytes": max(pool_bytes, 0), "driver_bytes": max(taken - pool_bytes, 0)}
 
     def _result(self, num_rows: int) -> Tensor | tuple[Tensor, ...]:
         outputs = tuple(output[:num_rows] for output in self._outputs)

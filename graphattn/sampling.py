@@ -301,6 +301,7 @@ def _blocks(
 def _weights(x: Tensor, peak_R1: Tensor, vocab: int) -> tuple[Tensor, int]:
     """exp(x - peak) in int64 steps of 2**-bits: integer sums are exact, so no device or batch size can change them."""
     bits = min(44, 61 - vocab.bit_length())
+    # A row of -inf throughout would be -inf - -inf, a nan, which has no int64.
     peak_R1 = peak_R1.clamp(min=torch.finfo(peak_R1.dtype).min)
     return (x.double() - peak_R1.double()).exp_().mul_(2.0**bits).round_().long(), bits
 
@@ -315,7 +316,7 @@ def _filtered(x_RV: Tensor, rows: Sequence[RowSampling]) -> Tensor:
     log_min_p = [math.log(p.min_p) if p.min_p else -math.inf for p in params]
     temperature = np.clip([p.temperature for p in params], 1e-30, 1e30)
     table = _upload([temperature, log_min_p, tail, num_sorted, last], np.float64, device)[..., None]
-    x_RV = x_RV * table[0].to(x_RV.dtype)
+    x_RV = x_RV / table[0].to(x_RV.dtype)
     floor_R1 = None
     if most_sorted:
         if most_sorted < vocab:

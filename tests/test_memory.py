@@ -522,6 +522,11 @@ def test_temporaries_are_all_counted():
     assert tensor_bytes(torch.zeros(1000, dtype=torch.uint8) + i for i in range(50)) == 50_000
 
 
+def test_two_storages_over_the_same_bytes_count_once():
+    array = torch.zeros(100).numpy()
+    assert tensor_bytes([torch.from_numpy(array), torch.from_numpy(array)]) == 400
+
+
 def test_tensors_without_bytes():
     assert tensor_bytes([]) == 0
     assert tensor_bytes([torch.empty(0), torch.empty(0), torch.empty(5, device="meta")]) == 0

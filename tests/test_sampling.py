@@ -118,6 +118,7 @@ def test_tokens_that_tie_with_the_last_one_kept_stay():
         ({"top_p": 1e-9}, [0, 4]),
         ({"top_p": 0.7}, [0, 1, 3, 4, 5]),
         ({"top_k": 3, "top_p": 0.97}, [0, 1, 3, 4, 5]),
+        ({"top_k": 3, "top_p": 0.7}, [0, 1, 3, 4, 5]),  # that three tie counts in the total
         ({"top_k": 3, "top_p": 0.5}, [0, 4]),
         ({"min_p": 1.0}, [0, 4]),
         ({"min_p": 0.3}, [0, 1, 3, 4, 5]),
@@ -134,8 +135,26 @@ def test_minus_infinity_in_the_logits_is_never_drawn_and_harms_no_filter():
     choices += [{"repetition_penalty": 5e-324}]
     rows = [row(i, seen=[4, 8], **choices[i % len(choices)]) for i in range(300)]
     assert set(sample(logits, rows).token_ids.tolist()) == {4, 9}
+    assert not filtered(logits, rows).isnan().any()
     everything = [row(i, banned=[0, 1], **c) for i, c in enumerate(choices)]
     assert sample(normal(len(choices), 2), everything).token_ids.tolist() == [0] * len(choices)
+
+
+def test_a_row_without_top_p_keeps_its_unlikeliest_token_beside_one_with():
+    logits = torch.tensor([[0.0, -50, -60, -70, -80]]).repeat(4, 1)
+    left = filtered(logits, [row(top_k=3), row(top_p=0.5), row(), row(top_k=4, top_p=0.5)]) > -INF
+    assert left.sum(-1).tolist() == [3, 1, 5, 1]
+
+
+def test_weights_add_up_to_the_same_bits_in_any_order():
+    """On a GPU the order in which floats are added depends on the batch size and on where a row starts."""
+    logits = normal(1, 5000)
+    orders = [torch.randperm(5000, generator=torch.Generator().manual_seed(i)) for i in range(20)]
+    sums = [
+        sampling._weights(logits[:, order], logits.amax(-1, keepdim=True), 5000)[0].sum().item() for order in orders
+    ]
+    assert len(set(sums)) == 1
+    assert sampling._weights(torch.zeros(1, 1), torch.zeros(1, 1), 2**31)[0].item() * 2**31 < 2**63
 
 
 def test_the_logits_given_are_left_as_they_are():
@@ -501,7 +520,7 @@ def test_stop_ids():
 
 @pytest.mark.gpu
 def test_cuda_draws_the_same_without_a_sync():
-    logits, rows = normal(7, 4001, seed=3), busy_rows()
+    logits, rows = normal(7, 4001, seed=3).bfloat16(), busy_rows()
     expected, on_device = sample(logits, rows), logits.cuda()
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

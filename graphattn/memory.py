@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from graphattn.errors import InvalidArgumentError
+from .errors import InvalidArgumentError
 
 
 @dataclass(frozen=True, kw_only=True)

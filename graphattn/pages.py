@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
-from graphattn.errors import GraphattnError, InvalidArgumentError, OutOfPagesError
+from .errors import GraphattnError, InvalidArgumentError, OutOfPagesError
 
 NULL_PAGE = 0
 """Never allocated: the padded rows of a captured batch write and read here."""

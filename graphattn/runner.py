@@ -67,6 +67,7 @@ class DecodeRunner:
     Attributes:
         captures: a `Capture` per captured bucket, in order.
         counts: steps by how they ran: "replay", "eager", and "guard" (a plan that no longer matched its capture).
+        steps: steps by bucket.
 
     Raises:
         BackendError: a CUDA graph was asked of a backend that cannot be captured.
@@ -97,6 +98,7 @@ class DecodeRunner:
         self.state, self.planner, self.ladder = state, planner, ladder
         self.captures: list[Capture] = []
         self.counts: Counter[str] = Counter()
+        self.steps: Counter[int] = Counter()
         self._step_fn, self._lazy = step_fn, capture == "lazy"
         self._buckets: dict[int, _Bucket] = {}
         self._outputs: tuple[Tensor, ...] = ()
@@ -146,6 +148,7 @@ class DecodeRunner:
         prepared = self._prepare(bucket)
         batch = self.state.stage(bucket, token_ids, seq_lens, tables)
         prepared.plan.plan(batch)
+        self.steps[bucket] += 1
         if prepared.graph is None:
             self.counts["eager"] += 1
             self._call(prepared)

@@ -46,6 +46,7 @@ ORDER = (
     "memory",
     "profile",
     "sampling",
+    "draw",
     "runner",
     "hf",
     "engine",

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphattn import sampling
+from graphattn import draw
+from graphattn.draw import derive_seed, sample
 from graphattn.errors import InvalidArgumentError
-from graphattn.sampling import RowSampling, SamplingParams, derive_seed, sample, stop_ids
+from graphattn.sampling import RowSampling, SamplingParams, stop_ids
 
 INF = math.inf
 MASK, GOLDEN, MUL_1, MUL_2 = 2**64 - 1, 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -31,8 +32,8 @@ def normal(*shape: int, seed: int = 0, scale: float = 3.0, dtype: torch.dtype = 
 
 
 def filtered(logits: torch.Tensor, rows: list[RowSampling]) -> torch.Tensor:
-    edited = sampling._edited(logits, rows)
-    return sampling._filtered(edited if edited.dtype == torch.float64 else edited.float(), rows)
+    edited = draw._edited(logits, rows)
+    return draw._filtered(edited if edited.dtype == torch.float64 else edited.float(), rows)
 
 
 def oracle(logits_V: torch.Tensor, r: RowSampling) -> torch.Tensor:
@@ -150,11 +151,9 @@ def test_weights_add_up_to_the_same_bits_in_any_order():
     """On a GPU the order in which floats are added depends on the batch size and on where a row starts."""
     logits = normal(1, 5000)
     orders = [torch.randperm(5000, generator=torch.Generator().manual_seed(i)) for i in range(20)]
-    sums = [
-        sampling._weights(logits[:, order], logits.amax(-1, keepdim=True), 5000)[0].sum().item() for order in orders
-    ]
+    sums = [draw._weights(logits[:, order], logits.amax(-1, keepdim=True), 5000)[0].sum().item() for order in orders]
     assert len(set(sums)) == 1
-    assert sampling._weights(torch.zeros(1, 1), torch.zeros(1, 1), 2**31)[0].item() * 2**31 < 2**63
+    assert draw._weights(torch.zeros(1, 1), torch.zeros(1, 1), 2**31)[0].item() * 2**31 < 2**63
 
 
 def test_the_logits_given_are_left_as_they_are():
@@ -279,7 +278,7 @@ def test_draws_follow_the_exact_probabilities(params, vary):
 
 def test_small_noise_keeps_its_precision():
     """Rare tokens are drawn through the smallest exponentials; uniforms of 24 bits would make these steps of 6e-8."""
-    noise = sampling._exponentials([row(3, i) for i in range(8)], 2**18, torch.device("cpu"))
+    noise = draw._exponentials([row(3, i) for i in range(8)], 2**18, torch.device("cpu"))
     gaps = noise.flatten().sort().values[:4096].diff() * noise.numel()
     assert (gaps > 0).all()
     assert abs(gaps.mean() - 1) < 0.08 and abs(gaps.std() - 1) < 0.1
@@ -291,7 +290,7 @@ def test_noise_is_exponential_and_uncorrelated_along_seeds_positions_and_vocabul
     rows["seed"] = [row(i, 9) for i in range(256)]
     rows["sample"] = [row(derive_seed(9, i), 9) for i in range(256)]
     for name, along in rows.items():
-        noise = sampling._exponentials(along, 1024, cpu)
+        noise = draw._exponentials(along, 1024, cpu)
         count = noise.numel()
         assert (noise > 0).all() and noise.isfinite().all()
         assert abs(noise.mean() - 1) < 4 / count**0.5 and abs(noise.var() - 1) < 4 * 8**0.5 / count**0.5, name
@@ -324,7 +323,7 @@ def unmix(z: int) -> int:
 
 @given(st.integers(-(2**70), 2**70), st.integers(0, 2**40))
 def test_noise_is_splitmix64_of_seed_position_and_vocabulary_index(seed, position):
-    noise = sampling._exponentials([row(seed, position)], 5, torch.device("cpu"))[0]
+    noise = draw._exponentials([row(seed, position)], 5, torch.device("cpu"))[0]
     key = mix(mix(seed % 2**63 + GOLDEN) + (position + 1) * GOLDEN)
     expected = [-math.log1p(-max(mix(key + (v + 1) * GOLDEN) >> 11, 0.5) / 2**53) for v in range(5)]
     torch.testing.assert_close(noise, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0)
@@ -339,7 +338,7 @@ def test_a_hash_of_zero_draws_no_banned_token():
         if seed < 2**63:
             break
         position += 1
-    noise = sampling._exponentials([row(seed, position)], vocab, torch.device("cpu"))[0]
+    noise = draw._exponentials([row(seed, position)], vocab, torch.device("cpu"))[0]
     assert noise[zero_at] == 2.0**-54
     assert sample(normal(1, vocab), [row(seed, position)]).token_ids.item() == zero_at
     assert sample(normal(1, vocab), [row(seed, position, banned=[zero_at])]).token_ids.item() != zero_at
@@ -379,7 +378,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch(data, seed, vocab, coarse):
     if coarse:  # as bfloat16 models give them: many ties
         logits = logits.bfloat16()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "_BLOCK_ELEMENTS", data.draw(st.sampled_from([1, 3 * vocab, 1 << 22])))
+        patch.setattr(draw, "_BLOCK_ELEMENTS", data.draw(st.sampled_from([1, 3 * vocab, 1 << 22])))
         together, filtered_together = sample(logits, rows), filtered(logits, rows)
     for i, r in enumerate(rows):
         alone, k = sample(logits[i : i + 1], [r]), r.params.logprobs

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..batch import ragged_batch
 from ..buckets import BucketLadder
 from ..cache import KVCache
+from ..draw import Sampled, sample
 from ..errors import CaptureError, InvalidArgumentError
 from ..hf.binding import Binding
 from ..layer import Attention
@@ -18,14 +19,13 @@ from ..memory import tensor_bytes
 from ..ops import active_plans
 from ..plan import Planner
 from ..runner import DecodeRunner
-from ..sampling import Sampled, sample
 from ..spec import CacheSpec
 from ..state import StepState
 from .request import Request
 from .scheduler import Chunk
 from .step import ModelStep
 
-Drawn = list[tuple[int, dict[int, float] | None]]
+Drawn = list[tuple[Request, int, dict[int, float] | None]]
 
 
 class Executor:
@@ -70,9 +70,7 @@ class Executor:
             if tensor is not None
         ]
         self._addresses = self._read_addresses()
-        pinned = self.device.type == "cuda"
-        self._ids_host = torch.empty(ladder.max, dtype=torch.int64, pin_memory=pinned)
-        self._copied = torch.cuda.Event() if pinned else None
+        self._copied = torch.cuda.Event() if self.device.type == "cuda" else None
 
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Prepares every bucket (or the largest, if lazily)."""
@@ -115,6 +113,7 @@ class Executor:
             return self._fetch(Sampled(greedy_B), requests)
         return self._fetch(sample(logits_BV, [request.row() for request in requests]), requests)
 
+    @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copies named tensors into the model's own, whose addresses captured graphs hold."""
         own = self.model.state_dict()
@@ -148,6 +147,7 @@ class Executor:
         """Frees graphs and pages and restores the model."""
         self.runner.close()
         self.binding.detach()
+        self.cache.layers.clear()
 
     def _read_addresses(self) -> list[int]:
         return [tensors[name].data_ptr() for tensors, name in self._weights]
@@ -164,16 +164,22 @@ class Executor:
         return tensor.to(self.device, non_blocking=True)
 
     def _fetch(self, sampled: Sampled, requests: Sequence[Request]) -> Drawn:
-        """The drawn ids on the host; waits for the step, and for nothing queued after it."""
-        ids = self._ids_host[: len(requests)]
-        ids.copy_(sampled.token_ids, non_blocking=True)
+        """What was drawn, on the host; waits for the step, and for nothing queued after it."""
+        device = (sampled.token_ids, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
+        host = [None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in device]
         if self._copied is not None:
             self._copied.record()
             self._copied.synchronize()
-        token_ids = ids.tolist()
-        if sampled.logprobs is None:
-            return [(token_id, None) for token_id in token_ids]
-        return list(zip(token_ids, _logprobs(sampled, token_ids, requests), strict=True))
+        token_ids, own, top_ids, top = (None if tensor is None else tensor.tolist() for tensor in host)
+        drawn: Drawn = []
+        for row, (token_id, request) in enumerate(zip(token_ids, requests, strict=True)):
+            count = request.params.logprobs
+            if count is None:
+                drawn.append((request, token_id, None))
+            else:
+                likely = zip(top_ids[row][:count], top[row][:count], strict=True)
+                drawn.append((request, token_id, {token_id: own[row], **dict(likely)}))
+        return drawn
 
 
 def _is_plain(request: Request) -> bool:
@@ -185,17 +191,3 @@ def _is_plain(request: Request) -> bool:
         and params.repetition_penalty == 1.0
         and not (request.below_minimum and request.stop_ids)
     )
-
-
-def _logprobs(sampled: Sampled, token_ids: Sequence[int], requests: Sequence[Request]) -> list[dict[int, float] | None]:
-    own = sampled.logprobs.tolist()
-    top_ids, top = sampled.top_ids.tolist(), sampled.top_logprobs.tolist()
-    rows: list[dict[int, float] | None] = []
-    for row, request in enumerate(requests):
-        count = request.params.logprobs
-        if count is None:
-            rows.append(None)
-            continue
-        likely = dict(zip(top_ids[row][:count], top[row][:count], strict=True))
-        rows.append({token_ids[row]: own[row], **likely})
-    return rows

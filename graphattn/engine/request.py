@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,7 +45,7 @@ class RequestOutput:
         logprobs: per generated token, token id -> log-probability of the drawn and the most likely ids; None if
             not asked for.
         timings: seconds.
-        error: what failed, for "error".
+        error: what failed, for "error"; the tokens are there, the text ends with what was streamed.
     """
 
     request_id: int
@@ -86,7 +86,9 @@ class Request:
         num_computed: tokens whose keys and values are in the cache.
         stop_ids: ids that end it.
         max_tokens: tokens it may generate.
-        text: turns tokens into text as they come; None where only the end needs it.
+        text: turns tokens into text; None without a tokenizer.
+        streams: whether its text is wanted as it comes, and not only at the end.
+        outbox: where its deltas go.
     """
 
     id: int
@@ -98,6 +100,8 @@ class Request:
     stop_ids: frozenset[int]
     table: BlockTable
     text: TextStream | None
+    streams: bool
+    outbox: deque[Delta]
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
     logprobs: list[dict[int, float]] = field(default_factory=list)
@@ -154,15 +158,26 @@ class Request:
             return "stop"
         return "length" if self.num_generated >= self.max_tokens else None
 
-    def output(self, reason: FinishReason, text: str, error: str | None = None) -> RequestOutput:
-        generated: Sequence[int] = self.tokens[len(self.prompt) :]
-        return RequestOutput(
+    def progress(self, token_id: int) -> Delta:
+        """What the step added to a request that goes on."""
+        text = self.text.take() if self.streams and self.text is not None else ""
+        return Delta(request_id=self.id, index=self.index, token_ids=(token_id,), text=text)
+
+    def end(self, reason: FinishReason, new: tuple[int, ...] = (), error: Exception | None = None) -> Delta:
+        """The last delta; if the text cannot be decoded, that is the error it ends with."""
+        piece = ""
+        if self.text is not None and error is None:
+            try:
+                piece = self.text.take(final=True)
+            except Exception as failed:
+                error = failed
+        output = RequestOutput(
             request_id=self.id,
             index=self.index,
             prompt_token_ids=self.prompt,
-            token_ids=tuple(generated),
-            text=text,
-            finish_reason=reason,
+            token_ids=tuple(self.tokens[len(self.prompt) :]),
+            text="" if self.text is None else self.text.taken,
+            finish_reason=reason if error is None else "error",
             logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
             timings=Timings(
                 first_token=self.first_token,
@@ -170,5 +185,6 @@ class Request:
                 cached_tokens=self.cached_tokens or 0,
                 preemptions=self.preemptions,
             ),
-            error=error,
+            error=None if error is None else f"{type(error).__name__}: {error}",
         )
+        return Delta(request_id=self.id, index=self.index, token_ids=new, text=piece, output=output)

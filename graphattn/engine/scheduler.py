@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import OutOfPagesError
@@ -43,7 +44,8 @@ class Scheduler:
         max_prefill_tokens: prompt tokens computed in one step.
 
     Attributes:
-        waiting, running: requests, oldest first.
+        waiting: requests without pages, the next to be admitted first.
+        running: requests with pages, in the order they were admitted.
         num_preemptions: how often a request lost its pages.
     """
 
@@ -52,10 +54,6 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -69,12 +67,12 @@ class Scheduler:
         request.table.release()
 
     def schedule(self) -> Schedule:
-        """The next step's work; admits and preempts as pages allow."""
-        decode: list[Request] = []
-        for request in list(self.running):
-            if request.num_pending == 1 and request in self.running and self._make_room(request):
-                decode.append(request)
-        decode = [request for request in decode if request in self.running]
+        """The next step's work; admits and preempts as pages allow.
+
+        Raises:
+            OutOfPagesError: nothing runs and still the first request gets no pages, since something else holds them.
+        """
+        decode = self._decoding()
         budget, prefill = self.max_prefill_tokens, []
         for request in self.running:
             if request.num_pending > 1 and budget > 0:
@@ -89,37 +87,59 @@ class Scheduler:
             else:
                 prefill.append(Chunk(request, min(request.num_pending, budget)))
                 budget -= prefill[-1].num_tokens
+        if self.waiting and not self.running:
+            needed = self.pool.pages_for(len(self.waiting[0].tokens))
+            raise OutOfPagesError(
+                f"request {self.waiting[0].id} needs {needed} pages, no other request runs and {self.pool.num_free} of "
+                f"{self.pool.num_usable} are free: release the pages taken from this pool outside the engine"
+            )
         return Schedule(prefill, decode)
 
-    def preempt(self, request: Request) -> None:
-        """Sends a running request back to wait; it will be recomputed."""
-        self.running.remove(request)
-        request.table.release()
-        request.num_computed = 0
-        request.preemptions += 1
-        self.num_preemptions += 1
-        self.waiting.appendleft(request)
+    def preempt(self, requests: Sequence[Request]) -> None:
+        """Sends those of the requests that run back to wait, in their order; they will be recomputed."""
+        chosen = set(requests)
+        preempted = [request for request in self.running if request in chosen]
+        self.running = [request for request in self.running if request not in chosen]
+        self.waiting.extendleft(reversed(preempted))
+        for request in reversed(preempted):
+            request.table.release()
+            request.num_computed = 0
+            request.preemptions += 1
+        self.num_preemptions += len(preempted)
+
+    def _decoding(self) -> list[Request]:
+        """Running requests with one token to compute, each given the page that it needs."""
+        decode, at = [], 0
+        while at < len(self.running):  # what is preempted meanwhile stands at `at` or behind it
+            request = self.running[at]
+            if request.num_pending == 1 and self._make_room(request):
+                decode.append(request)
+            at += 1
+        return decode
 
     def _make_room(self, request: Request) -> bool:
-        """Gives a decoding request the page its next token needs, preempting from the youngest on; False if itself."""
+        """Gives a request the page its next token needs, preempting the youngest first; False if it was itself."""
         while True:
             try:
                 request.table.grow(len(request.tokens))
                 return True
             except OutOfPagesError:
                 youngest = self.running[-1]
-                self.preempt(youngest)
+                self.preempt([youngest])
                 if youngest is request:
                     return False
 
     def _admit(self) -> Request | None:
-        """Moves the oldest waiting request to the running ones if it gets all its pages."""
-        request = self.waiting[0]
+        """Moves the first waiting request to the running ones if it gets all its pages."""
+        # One page to spare for each running row, or it would be preempted again at once.
+        request, spare = self.waiting[0], len(self.running)
+        if self.pool.num_free <= spare:
+            return None
         cached = request.table.reuse_prefix(request.tokens)
         missing = self.pool.pages_for(len(request.tokens)) - len(request.table.pages)
-        # One page to spare for each running row, or it would be preempted again at once.
-        if missing + len(self.running) > self.pool.num_free:
+        if missing + spare > self.pool.num_free:
             request.table.release()
+            self.pool.num_hits -= cached  # it was not used, and is asked for again at the next step
             return None
         request.table.grow(len(request.tokens))
         request.num_computed = cached

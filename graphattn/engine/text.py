@@ -8,7 +8,7 @@ REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no whole cha
 
 
 class TextStream:
-    """The text of one request, decoded piece by piece.
+    """The text of one request, decoded piece by piece; without stop strings not before it is taken.
 
     Args:
         decode: ids to text.
@@ -26,10 +26,16 @@ class TextStream:
         self._prefix = self._read = 0  # a piece is decoded with the piece before it, since joins change spaces
         self._taken = 0
 
+    @property
+    def taken(self) -> str:
+        """What `take` has returned so far."""
+        return self.text[: self._taken]
+
     def push(self, token_id: int, *, may_stop: bool = True) -> None:
         """Adds a token; with `may_stop` false stop strings that end in it do not count."""
         self._ids.append(token_id)
-        self._advance(final=False, may_stop=may_stop)
+        if self._stop:
+            self._advance(may_stop=may_stop)
 
     def take(self, *, final: bool = False) -> str:
         """New text since the last call; what may become a stop string or a whole character is held back.
@@ -37,20 +43,23 @@ class TextStream:
         Args:
             final: nothing will follow, so nothing is held back.
         """
-        if final:
-            self._advance(final=True, may_stop=not self.stopped)
+        self._advance(final=final)
         end = len(self.text) - (0 if final or self.stopped else self._held_back())
         piece, self._taken = self.text[self._taken : end], max(end, self._taken)
         return piece
 
-    def _advance(self, *, final: bool, may_stop: bool) -> None:
+    def _advance(self, *, final: bool = False, may_stop: bool = True) -> None:
         if self.stopped or self._read == len(self._ids):
             return
-        known = self._decode(self._ids[self._prefix : self._read])
+        known = self._decode(self._ids[self._prefix : self._read]) if self._prefix < self._read else ""
         piece = self._decode(self._ids[self._prefix :])
         if piece.endswith(REPLACEMENT) and not final:
             return
-        self._prefix, self._read = self._read, len(self._ids)
+        # The next piece needs one before it that has text: behind a special token alone, tokenizers that strip a
+        # leading space would take the next word for the first.
+        if len(piece) > len(known):
+            self._prefix = self._read
+        self._read = len(self._ids)
         old = len(self.text)
         self.text += piece[len(known) :]
         if not may_stop:

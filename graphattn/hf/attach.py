@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import functools
+import inspect
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..batch import Batch, ragged_batch
-from ..errors import InvalidArgumentError, OutOfPagesError
+from ..backends.base import Plan
+from ..batch import ragged_batch
+from ..errors import InvalidArgumentError
 from ..layer import Attention
 from ..ops import active_plans
 from ..plan import Planner, StepPlan
-from .binding import Binding
+from .binding import IMPLEMENTATION, Binding
 from .paged_cache import PagedCache
 from .pool import GrowingPool
 
@@ -24,14 +26,14 @@ def attach(
 ) -> Attachment:
     """Puts graphattn's attention under a loaded model, this instance only.
 
-    `model(...)` and `model.generate(...)` then keep their keys and values in pages of ours: ragged batches with left
-    or right padding, sampling and beams included. The model must be in eval mode and called without grad.
+    `model(...)` and `model.generate(...)` then keep their keys and values in pages of ours: ragged batches, sampling,
+    beams and assisted generation included. The model must be in eval mode and called without grad.
 
     Args:
         model: a decoder of transformers, on its device.
         backend: "auto", "flashinfer" or "reference".
         page_size: tokens in a page.
-        num_pages: pages at most; None grows with use.
+        num_pages: pages at most, one of them reserved; None grows with use.
 
     Returns:
         A handle; `.detach()` restores the model exactly, and so does leaving it as a context manager.
@@ -50,38 +52,47 @@ def attach(
 class Attachment:
     """The handle that `attach` returns.
 
+    While it is attached, calls of the model raise InvalidArgumentError for what is not served (training, grad, masks
+    other than padding, caches of other kinds, attention weights) and OutOfPagesError beyond `num_pages`; a call that
+    raises leaves the cache it was given as it was.
+
     Attributes:
         model: the attached model.
-        layers: its `Attention` layers.
+        backend: name of the backend that computes attention.
+        pages: who holds which page: `pages.num_used` is 0 when no cache is left.
     """
 
     def __init__(self, model: PreTrainedModel, *, backend: str, page_size: int, num_pages: int | None):
         self.model = model
         self._binding = Binding(model)
         try:
-            self._pool = GrowingPool(self._binding, page_size=page_size, num_pages=num_pages)
+            self._pool: GrowingPool | None = GrowingPool(self._binding, page_size=page_size, num_pages=num_pages)
             planner = Planner([self._binding.spec], self._pool.cache.cache, model.device, backend)
-            self._plan = planner.prefill()
+            self._plan: StepPlan | None = planner.prefill()
         except BaseException:
             self._binding.detach()
             raise
-        self.backend = planner.backends[0].name
-        self._step = ExitStack()
-        self._held: PagedCache | None = None
-        self._hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
+        self.pages, self.backend = self._pool.pages, planner.backends[0].name
+        self._had_forward, self._forward = "forward" in vars(model), model.forward
+        self._signature = inspect.signature(model.forward)
+        # generate reads the signature. A partial, unlike a function, lets a deep copy of the model have its own pages.
+        model.forward = functools.update_wrapper(functools.partial(self._forward_on_pages), model.forward)
 
     @property
     def layers(self) -> list[Attention]:
+        """The model's `Attention` layers by layer index; none any more after `detach`."""
         return self._binding.layers
 
     def detach(self) -> None:
-        """Restores the model exactly; does nothing the second time."""
-        for hook in self._hooks:
-            hook.remove()
+        """Restores the model exactly and gives the pages' memory back; does nothing the second time."""
+        if self._pool is None:
+            return
+        if self._had_forward:
+            self.model.forward = self._forward
+        else:
+            del self.model.forward
         self._binding.detach()
+        self._pool = self._plan = None
 
     def __enter__(self) -> Attachment:
         return self
@@ -90,129 +101,138 @@ class Attachment:
         self.detach()
 
     def __repr__(self) -> str:
-        return (
-            f"Attachment({type(self.model).__name__}, {len(self.layers)} layers, {self.backend}, {self._binding.spec})"
-        )
+        state = f"{len(self.layers)} layers, {self.backend}, {self._binding.spec}" if self._pool else "detached"
+        return f"Attachment({type(self.model).__name__}, {state})"
 
-    def _before(self, model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Reads what the call asks for, gives its rows pages, and plans."""
-        if model.training or (torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters())):
+    def _forward_on_pages(self, *args, **kwargs):
+        """The model's forward, its rows in pages and under a plan."""
+        if args:
+            self._signature.bind(*args, **kwargs)  # a TypeError where the model's own forward would raise it
+            kwargs = {**self._signature.bind_partial(*args).arguments, **kwargs}
+        tokens = self._tokens(kwargs)
+        past, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        num_rows, num_columns = tokens.shape[:2]
+        cache = self._cache(past, num_rows)
+        valid_BT = _valid(mask, cache, num_columns)
+        if mask is None and not cache.num_columns:
+            _refuse_packing(kwargs.get("position_ids"))
+        if kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = getattr(self.model.config.get_text_config(), "use_cache", False)
+        if past is not None or kwargs["use_cache"]:
+            kwargs["past_key_values"] = cache
+        # Without use_cache the model is given no cache, but its pages are needed until it returns.
+        with cache.filling(valid_BT), active_plans(self._plans(cache, valid_BT)):
+            return self._forward(**{**kwargs, "attention_mask": None})
+
+    def _tokens(self, kwargs: dict) -> Tensor:
+        """The input ids or embeddings, `[rows, columns, ...]`, of a call that can be served."""
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        tokens = ids if ids is not None else embeds
+        if tokens is None:
+            raise InvalidArgumentError("the attached model was called with neither input_ids nor inputs_embeds")
+        model = self.model
+        has_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (tokens, *model.parameters()))
+        if model.training or has_grad:
             raise InvalidArgumentError(
                 "the attached model was called in training mode or with grad: call model.eval() and wrap the call in "
                 "torch.no_grad(), or detach"
             )
-        ids = args[0] if args else kwargs.get("input_ids")
-        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
-        if tokens is None:
-            raise InvalidArgumentError("the attached model was called with neither input_ids nor inputs_embeds")
-        num_rows, num_columns = tokens.shape[:2]
-        past = kwargs.get("past_key_values")
-        cache = self._cache_of(past, num_rows)
-        valid = _valid_columns(kwargs.get("attention_mask"), cache, num_columns, num_rows)
-        _refuse_packing(kwargs.get("position_ids"), valid)
-        starts = list(cache.lens)
-        before = [list(columns) for columns in cache.columns]
-        try:
-            cache.grow(valid)
-        except OutOfPagesError:
-            cache.lens, cache.columns = starts, before
-            raise
-        batch = self._batch(cache, valid, starts, tokens.device)
-        plan: StepPlan = self._plan
-        plan.plan(batch)
-        groups = plan.groups
-        if not all(map(all, valid)):
-            indices_N = torch.tensor(valid, device=tokens.device).flatten().nonzero().flatten()
-            groups = tuple(_UnpaddedPlan(group, indices_N) for group in groups)
-        self._step.enter_context(active_plans(groups))
-        kwargs = {**kwargs, "attention_mask": None}
-        if kwargs.get("use_cache") is None:
-            kwargs["use_cache"] = model.config.get_text_config().use_cache
-        self._held = cache  # a call that keeps no cache still needs its pages until it ends
-        if past is not None or kwargs["use_cache"]:
-            kwargs["past_key_values"] = cache
-        return args, kwargs
+        if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
+            raise InvalidArgumentError("output_attentions: attention weights are never formed; ask for none, or detach")
+        implementation = model.config.get_text_config()._attn_implementation
+        if implementation != IMPLEMENTATION or self.layers[0].k_cache is not self._pool.cache.layers[0][0]:
+            raise InvalidArgumentError(
+                f"the model was moved, cast or set to attn_implementation={implementation!r} after attach: detach, do "
+                "that, then attach again"
+            )
+        return tokens
 
-    def _after(self, model: PreTrainedModel, args: tuple, kwargs: dict, output):
-        self._step.close()
-        self._held = None
-
-    def _cache_of(self, past: Cache | None, num_rows: int) -> PagedCache:
-        if past is None or (isinstance(past, DynamicCache) and past.get_seq_length() == 0):
+    def _cache(self, past: Cache | None, num_rows: int) -> PagedCache:
+        """The cache that a call continues, or a new one."""
+        if past is None:
             return PagedCache(self._pool, len(self.layers), num_rows)
+        if type(past) is DynamicCache and not past.offloading and past.get_seq_length() == 0:
+            # Whoever made it, generate among them, goes on with this object, so it must become what it stands for.
+            past.__class__ = PagedCache
+            past.__init__(self._pool, len(self.layers), num_rows)
         if not isinstance(past, PagedCache) or past.pool is not self._pool:
             raise InvalidArgumentError(
-                f"past_key_values is a {type(past).__name__} that this attachment did not make: pass none, or the one "
-                "that the attached model returned (and no cache_implementation to generate)"
+                f"past_key_values is a {type(past).__name__} that this attachment did not make: pass none, an empty "
+                "DynamicCache or the one that the attached model returned (and no cache_implementation to generate)"
             )
         if past.batch_size != num_rows:
             raise InvalidArgumentError(f"{num_rows} rows over a cache of {past.batch_size}: make them equal")
         return past
 
-    def _batch(self, cache: PagedCache, valid: list[list[int]], starts: list[int], device: torch.device) -> Batch:
-        # Token ids do not matter here: the model embeds its own.
-        rows = [row for row, columns in enumerate(valid) if any(columns)]
-        return ragged_batch(
-            [[0] * sum(valid[row]) for row in rows],
-            [starts[row] for row in rows],
-            [[cache.tables[row].pages for row in rows]],
-            page_size=self._pool.pages.page_size,
-            device=device,
-        )
+    def _plans(self, cache: PagedCache, valid_BT: Tensor) -> list[Plan]:
+        """Plans of this call for the op."""
+        starts, counts, groups = cache.lens, valid_BT.sum(1).tolist(), list(self._plan.groups)
+        rows = [row for row, count in enumerate(counts) if count]
+        if rows:
+            batch = ragged_batch(
+                [[0] * counts[row] for row in rows],  # the model embeds its own tokens
+                [starts[row] for row in rows],
+                [[cache.tables[row].pages for row in rows]],
+                page_size=self.pages.page_size,
+                device=self._pool.cache.device,
+            )
+            self._plan.plan(batch)
+        if valid_BT.all():
+            return groups
+        indices_N = valid_BT.flatten().nonzero().flatten().to(self._pool.cache.device)
+        return [_UnpaddedPlan(group, indices_N) for group in groups]
 
 
 class _UnpaddedPlan:
     """A plan over the tokens of a padded batch: padding is neither appended nor attended, and comes out as zero."""
 
-    def __init__(self, plan, indices_N: Tensor):
+    def __init__(self, plan: Plan, indices_N: Tensor):
         self._plan, self._indices_N = plan, indices_N
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        picked = (tensor.index_select(0, self._indices_N) for tensor in (q, k, v))
-        out = self._plan.attend(*picked, k_cache, v_cache)
-        return q.new_zeros(q.shape).index_copy_(0, self._indices_N, out)
+        out = q.new_zeros(q.shape)
+        if len(self._indices_N):
+            picked = (tensor.index_select(0, self._indices_N) for tensor in (q, k, v))
+            out.index_copy_(0, self._indices_N, self._plan.attend(*picked, k_cache, v_cache))
+        return out
 
 
-def _valid_columns(mask: Tensor | None, cache: PagedCache, num_columns: int, num_rows: int) -> list[list[int]]:
-    """Which of the new columns hold tokens, `[row][column]`.
+def _valid(mask: Tensor | None, cache: PagedCache, num_columns: int) -> Tensor:
+    """Which of the new columns hold tokens, `[B, T]` bool in host memory.
 
     Raises:
-        InvalidArgumentError: the mask is no [rows, columns] mask of 0 and 1, hides earlier tokens, or has no token.
+        InvalidArgumentError: the mask is no [rows, columns] mask of 0 and 1, changes what was masked earlier, or has
+            padding between tokens.
     """
+    shape = (cache.batch_size, cache.num_columns + num_columns)
     if mask is None:
-        return [[1] * num_columns for _ in range(num_rows)]
-    total = cache.num_columns + num_columns
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != (num_rows, total):
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        mask = torch.ones(shape, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InvalidArgumentError(f"attention_mask is {found}: only a {shape} mask of 0 and 1 (padding) is served")
+    mask = mask.cpu()
+    valid_BC = mask.bool()
+    if not torch.equal(valid_BC, mask == 1):
+        raise InvalidArgumentError("attention_mask holds other values than 0 and 1: only padding is served")
+    changed_B = (valid_BC[:, : cache.num_columns] != cache.valid_BC).any(1)
+    if changed_B.any():
         raise InvalidArgumentError(
-            f"attention_mask is {shape}: only a [{num_rows}, {total}] mask of 0 and 1 (padding) is served"
+            f"attention_mask changes earlier columns of rows {changed_B.nonzero().flatten().tolist()}: go on with "
+            "the mask of the earlier calls; what is cached cannot be masked or unmasked"
         )
-    rows = mask.long().tolist()
-    for row, (columns, seen) in enumerate(zip(rows, cache.columns, strict=True)):
-        if columns[: len(seen)] != seen:
-            raise InvalidArgumentError(
-                f"attention_mask changes row {row}'s earlier columns: tokens already cached cannot be masked any more"
-            )
-        start = columns.index(1) if 1 in columns else 0
-        if not set(columns) <= {0, 1} or not any(columns) or (0 in columns[start:] and _has_hole(columns[start:])):
-            raise InvalidArgumentError(
-                f"attention_mask of row {row} is not one run of tokens between padding: masked tokens in the middle "
-                "of a row are not served"
-            )
-    return [columns[cache.num_columns :] for columns in rows]
+    num_runs_B = (valid_BC.int().diff(dim=1, prepend=torch.zeros(shape[0], 1, dtype=torch.int)) == 1).sum(1)
+    if (num_runs_B > 1).any():
+        raise InvalidArgumentError(
+            f"attention_mask of rows {(num_runs_B > 1).nonzero().flatten().tolist()} has padding between tokens, which "
+            "is not served: pad on the left what is to be continued"
+        )
+    return valid_BC[:, cache.num_columns :]
 
 
-def _has_hole(columns: list[int]) -> bool:
-    return 1 in columns[columns.index(0) :]
-
-
-def _refuse_packing(position_ids: Tensor | None, valid: list[list[int]]) -> None:
-    if position_ids is None or position_ids.dim() != 2:
-        return
-    rows = position_ids.expand(len(valid), -1).tolist()
-    for row, (positions, columns) in enumerate(zip(rows, valid, strict=True)):
-        kept = [position for position, column in zip(positions, columns, strict=True) if column]
-        if any(after != before + 1 for before, after in zip(kept, kept[1:], strict=False)):
-            raise InvalidArgumentError(
-                f"position_ids of row {row} do not count up by one: several sequences packed in a row are not served"
-            )
+def _refuse_packing(position_ids: Tensor | None) -> None:
+    """Raises InvalidArgumentError where transformers would take positions that jump for the start of another text."""
+    if position_ids is not None and position_ids.dim() == 2 and (position_ids.diff(dim=1) != 1).any():
+        raise InvalidArgumentError(
+            "position_ids do not count up by one: several sequences packed in a row are not served; pass an "
+            "attention_mask with them if they are one sequence"
+        )

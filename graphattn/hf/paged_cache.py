@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from .pool import GrowingPool
 class _PassThroughLayer(CacheLayerMixin):
     """Hands keys and values on to the attention function as they came."""
 
+    is_croppable = True
+
     def __init__(self, cache: PagedCache):
         super().__init__()
         self._cache = weakref.proxy(cache)
@@ -26,6 +29,10 @@ class _PassThroughLayer(CacheLayerMixin):
         pass
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self._cache.is_filling:
+            raise InvalidArgumentError(
+                "past_key_values holds pages of an attached model: pass it to that model, while it is attached"
+            )
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -38,7 +45,7 @@ class _PassThroughLayer(CacheLayerMixin):
         return -1
 
 
-def _release(tables: Sequence[BlockTable]) -> None:
+def _release(tables: Iterable[BlockTable]) -> None:
     for table in tables:
         table.release()
 
@@ -46,90 +53,109 @@ def _release(tables: Sequence[BlockTable]) -> None:
 class PagedCache(Cache):
     """The pages of one batch of rows; they go back to the pool when the cache is dropped.
 
+    Shape letters: B rows, C columns (tokens of a row, padding counted), T new ones of them.
+
     Attributes:
+        pool: where the pages come from.
         tables: a `BlockTable` per row.
-        lens: tokens of each row, padding left out.
-        columns: per row, whether each column so far held a token (1) or padding (0).
+        valid_BC: which columns so far hold tokens and not padding, in host memory; only tokens take slots.
+        is_filling: whether the attached model is appending to it now.
     """
 
     def __init__(self, pool: GrowingPool, num_layers: int, num_rows: int):
         super().__init__(layers=[_PassThroughLayer(self) for _ in range(num_layers)])
         self.pool = pool
         self.tables = [BlockTable(pool.pages) for _ in range(num_rows)]
-        self.lens = [0] * num_rows
-        self.columns: list[list[int]] = [[] for _ in range(num_rows)]
+        self.valid_BC = torch.zeros(num_rows, 0, dtype=torch.bool)
+        self.is_filling = False
         weakref.finalize(self, _release, self.tables)
-
-    @property
-    def num_columns(self) -> int:
-        """Tokens of a row, padding counted: what transformers calls the sequence length."""
-        return len(self.columns[0])
-
-    def grow(self, valid: Sequence[Sequence[int]]) -> None:
-        """Makes room for new columns, all or nothing; `valid[row][column]` is 1 for a token and 0 for padding."""
-        lens = [length + sum(row) for length, row in zip(self.lens, valid, strict=True)]
-        needed = [
-            max(0, self.pool.pages.pages_for(length) - len(table.pages))
-            for length, table in zip(lens, self.tables, strict=True)
-        ]
-        self.pool.ensure(sum(needed))
-        for table, length in zip(self.tables, lens, strict=True):
-            table.grow(length)
-        self.lens = lens
-        for columns, row in zip(self.columns, valid, strict=True):
-            columns.extend(row)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i continues what row `beam_idx[i]` was; rows that others continue are copied page by page."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(indices.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select([row for row in range(len(self.tables)) for _ in range(repeats)])
-
-    def _select(self, rows: list[int]) -> None:
-        taken: set[int] = set()
-        tables, source, target = [], [], []
-        copies = [row for at, row in enumerate(rows) if row in rows[:at]]
-        self.pool.ensure(sum(len(self.tables[row].pages) for row in copies))
-        for row in rows:
-            table = self.tables[row]
-            if row in taken:
-                copied = BlockTable(self.pool.pages)
-                copied.grow(len(table.pages) * self.pool.pages.page_size)
-                source += table.pages
-                target += copied.pages
-                table = copied
-            taken.add(row)
-            tables.append(table)
-        if source:
-            self.pool.cache.copy_pages(source, target)
-        _release([table for row, table in enumerate(self.tables) if row not in taken])
-        self.lens = [self.lens[row] for row in rows]
-        self.columns = [list(self.columns[row]) for row in rows]
-        self.tables[:] = tables  # in place: the finalizer holds this list
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last columns of every row, as assisted generation asks."""
-        if not 0 <= tokens_to_remove <= self.num_columns:
-            raise InvalidArgumentError(f"crop({tokens_to_remove}): the cache holds {self.num_columns} columns")
-        for row, columns in enumerate(self.columns):
-            kept = len(columns) - tokens_to_remove
-            self.lens[row] -= sum(columns[kept:])
-            del columns[kept:]
-
-    def reset(self) -> None:
-        """Forgets everything; the pages go back to the pool."""
-        _release(self.tables)
-        self.lens = [0] * len(self.lens)
-        self.columns = [[] for _ in self.columns]
 
     @property
     def batch_size(self) -> int:
         return len(self.tables)
 
     @property
-    def device(self) -> torch.device:
-        return self.pool.cache.device
+    def num_columns(self) -> int:
+        """What transformers calls the sequence length."""
+        return self.valid_BC.shape[1]
+
+    @property
+    def lens(self) -> list[int]:
+        """Tokens of each row."""
+        return self.valid_BC.sum(1).tolist()
+
+    @contextmanager
+    def filling(self, valid_BT: Tensor) -> Iterator[None]:
+        """Has room for new columns while a forward appends to them, and holds them once it has.
+
+        Raises:
+            OutOfPagesError: the pool may not grow as far; the cache is as it was.
+        """
+        lens, pages_for = (self.valid_BC.sum(1) + valid_BT.sum(1)).tolist(), self.pool.pages.pages_for
+        grown = list(zip(self.tables, lens, strict=True))
+        self.pool.ensure(sum(max(0, pages_for(length) - len(table.pages)) for table, length in grown))
+        for table, length in grown:
+            table.grow(length)
+        self.is_filling = True
+        try:
+            yield
+        except BaseException:
+            self._keep(self.num_columns)
+            raise
+        finally:
+            self.is_filling = False
+        self.valid_BC = torch.cat([self.valid_BC, valid_BT], dim=1)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` columns of every row, as assisted generation asks."""
+        count = -int(tokens_to_remove)
+        if not 0 <= count <= self.num_columns:
+            raise InvalidArgumentError(
+                f"crop({-count}) of {self.num_columns} columns: crop(-n) forgets the last n, as many as there are"
+            )
+        self._keep(self.num_columns - count)
+
+    def reset(self) -> None:
+        """Forgets everything; the pages go back to the pool."""
+        self._keep(0)
+
+    def _keep(self, num_columns: int) -> None:
+        self.valid_BC = self.valid_BC[:, :num_columns]
+        for table, length in zip(self.tables, self.lens, strict=True):
+            table.truncate(length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i continues what row `beam_idx[i]` was; rows that several continue are copied page by page."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(torch.arange(self.batch_size)[indices.cpu()].tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select([row for row in range(self.batch_size) for _ in range(repeats)])
+
+    def _select(self, rows: list[int]) -> None:
+        is_copy = [row in rows[:at] for at, row in enumerate(rows)]
+        copies = iter(self._copies([row for row, again in zip(rows, is_copy, strict=True) if again]))
+        tables = [next(copies) if again else self.tables[row] for row, again in zip(rows, is_copy, strict=True)]
+        _release(table for row, table in enumerate(self.tables) if row not in rows)
+        self.tables[:] = tables  # in place: the finalizer holds this list
+        self.valid_BC = self.valid_BC[rows]
+
+    def _copies(self, rows: Sequence[int]) -> list[BlockTable]:
+        """Tables of their own with the content of these rows, all or none of them."""
+        self.pool.ensure(sum(len(self.tables[row].pages) for row in rows))
+        copies = [BlockTable(self.pool.pages) for _ in rows]
+        for row, copied in zip(rows, copies, strict=True):
+            copied.grow(self.tables[row].num_slots)
+        source = [page for row in rows for page in self.tables[row].pages]
+        if source:
+            self.pool.cache.copy_pages(source, [page for copied in copies for page in copied.pages])
+        return copies
+
+    def __deepcopy__(self, memo: dict) -> PagedCache:
+        """A cache of its own over the same pool, to continue one prefix several ways."""
+        copied = PagedCache(self.pool, len(self.layers), 0)
+        copied.tables[:] = self._copies(range(self.batch_size))
+        copied.valid_BC = self.valid_BC.clone()
+        return copied

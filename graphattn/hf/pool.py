@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from ..cache import KVCache
+from ..errors import OutOfPagesError
 from ..pages import PagePool
 from ..spec import CacheSpec
 from .binding import Binding
@@ -23,31 +24,46 @@ class GrowingPool:
         binding: the model whose layers are given the cache.
         page_size: tokens in a page.
         num_pages: pages at most, the null page among them; None for as many as memory holds.
+
+    Attributes:
+        pages: who holds which page.
+        cache: their tensors.
     """
 
     def __init__(self, binding: Binding, *, page_size: int, num_pages: int | None):
         self._binding, self._max_pages = binding, num_pages
         first = FIRST_PAGES if num_pages is None else min(FIRST_PAGES, num_pages)
         self.pages = PagePool(first, page_size, prefix_cache=False)
-        model = binding.model
-        self._hold(CacheSpec(num_pages=first, page_size=page_size, dtype=model.dtype), model.device)
+        self.cache = self._allocate(CacheSpec(num_pages=first, page_size=page_size, dtype=binding.model.dtype))
+        binding.bind(self.cache)
 
-    def _hold(self, spec: CacheSpec, device: torch.device) -> None:
-        self.cache = KVCache(len(self._binding.layers), self._binding.spec, spec, device)
-        self._binding.bind(self.cache)
+    def _allocate(self, spec: CacheSpec) -> KVCache:
+        # A tensor that is made under inference_mode could not be written outside of it.
+        with torch.inference_mode(False):
+            return KVCache(len(self._binding.layers), self._binding.spec, spec, self._binding.model.device)
 
     def ensure(self, num_pages: int) -> None:
-        """Grows until `num_pages` are free, or to the maximum; what then does not fit raises at allocation."""
-        missing = num_pages - self.pages.num_free
+        """Grows until `num_pages` are free.
+
+        Raises:
+            OutOfPagesError: that is more than the maximum leaves; nothing has grown.
+        """
+        pages = self.pages
+        missing = num_pages - pages.num_free
         if missing <= 0:
             return
-        total = max(2 * self.pages.num_pages, self.pages.num_pages + missing)
+        if self._max_pages is not None and pages.num_pages + missing > self._max_pages:
+            free = self._max_pages - 1 - pages.num_used
+            raise OutOfPagesError(
+                f"{num_pages} pages needed, {free} of {self._max_pages - 1} free (page_size={pages.page_size}); drop a "
+                "past_key_values, pass fewer or shorter rows, or attach with more num_pages"
+            )
+        total = max(2 * pages.num_pages, pages.num_pages + missing)
         if self._max_pages is not None:
             total = min(total, self._max_pages)
-        if total > self.pages.num_pages:
-            old = self.cache
-            self._hold(replace(old.cache, num_pages=total), old.device)
-            for pair, old_pair in zip(self.cache.layers, old.layers, strict=True):
-                for tensor_PSHD, old_PSHD in zip(pair, old_pair, strict=True):
-                    tensor_PSHD[: len(old_PSHD)].copy_(old_PSHD)
-            self.pages.grow(total)
+        old, self.cache = self.cache, self._allocate(replace(self.cache.cache, num_pages=total))
+        for pair, old_pair in zip(self.cache.layers, old.layers, strict=True):
+            for tensor_PSHD, old_PSHD in zip(pair, old_pair, strict=True):
+                tensor_PSHD[: len(old_PSHD)].copy_(old_PSHD)
+        self._binding.bind(self.cache)
+        pages.grow(total)

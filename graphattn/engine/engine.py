@@ -1,0 +1,143 @@
+"""The engine: every unfinished request, and what each step adds to it."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections import deque
+from collections.abc import Callable, KeysView, Sequence
+
+from ..draw import derive_seed
+from ..errors import InvalidRequestError
+from ..pages import BlockTable
+from ..sampling import SamplingParams, stop_ids
+from .executor import Drawn, Executor
+from .request import Delta, FinishReason, Request
+from .scheduler import Scheduler
+from .text import TextStream
+
+
+class Engine:
+    """Runs what the scheduler says and puts the deltas into each request's outbox.
+
+    Args:
+        executor: computes.
+        scheduler: says what.
+        max_seq_len: tokens of a request, prompt and generated.
+        end_ids: ids that end a text.
+        decode: ids to text; None without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        scheduler: Scheduler,
+        *,
+        max_seq_len: int,
+        end_ids: Sequence[int],
+        decode: Callable[[Sequence[int]], str] | None,
+    ):
+        self._executor, self._scheduler, self._max_seq_len = executor, scheduler, max_seq_len
+        self._end_ids, self._decode = tuple(end_ids), decode
+        self._ids = itertools.count()
+        self._requests: dict[int, list[Request]] = {}
+        self._closed = False
+
+    def add(self, prompt: tuple[int, ...], params: SamplingParams, outbox: deque[Delta], *, streams: bool) -> int:
+        """Queues the samples of a prompt that was checked; returns the id they share.
+
+        Raises:
+            InvalidRequestError: the engine is closed.
+        """
+        if self._closed:
+            raise InvalidRequestError("the engine is closed: make a new LLM")
+        request_id, seed = next(self._ids), secrets.randbits(63) if params.seed is None else params.seed
+        room = self._max_seq_len - len(prompt)
+        samples = [
+            Request(
+                id=request_id,
+                index=index,
+                prompt=prompt,
+                params=params,
+                seed=derive_seed(seed, index),
+                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+                stop_ids=stop_ids(params, self._end_ids),
+                table=BlockTable(self._scheduler.pool),
+                text=None if self._decode is None else TextStream(self._decode, params.stop),
+                streams=streams,
+                outbox=outbox,
+            )
+            for index in range(params.n)
+        ]
+        self._requests[request_id] = list(samples)
+        for request in samples:
+            self._scheduler.add(request)
+        return request_id
+
+    @property
+    def unfinished(self) -> KeysView[int]:
+        """Ids of the requests in the engine."""
+        return self._requests.keys()
+
+    def step(self) -> None:
+        """One step: a chunk of prefill for requests that need it, one token for every one that decodes.
+
+        If a forward pass raises, its requests go back to wait with nothing lost, and the error is raised.
+        """
+        if not self._requests:
+            return
+        self._executor.check_weights()
+        schedule = self._scheduler.schedule()
+        if schedule.prefill:
+            chunks = schedule.prefill
+            self._compute([chunk.request for chunk in chunks], lambda: self._executor.prefill(chunks))
+        if schedule.decode:
+            self._compute(schedule.decode, lambda: self._executor.decode(schedule.decode))
+
+    def abort(self, request_id: int) -> None:
+        """Ends every unfinished sample of a request.
+
+        Raises:
+            InvalidRequestError: no unfinished request has that id.
+        """
+        if request_id not in self._requests:
+            raise InvalidRequestError(f"request {request_id!r} is not in the engine: it has ended, or never was")
+        for request in list(self._requests[request_id]):
+            self._end(request, "abort")
+
+    def close(self) -> None:
+        """Aborts what runs; nothing can be added any more."""
+        self._closed = True
+        for request_id in list(self._requests):
+            self.abort(request_id)
+
+    def _compute(self, requests: Sequence[Request], forward: Callable[[], Drawn]) -> None:
+        try:
+            for request, token_id, logprobs in forward():
+                self._accept(request, token_id, logprobs)
+        except BaseException:
+            # What was drawn and not accepted is drawn again, the same, once the request is recomputed.
+            self._scheduler.preempt(requests)
+            raise
+
+    def _accept(self, request: Request, token_id: int, logprobs: dict[int, float] | None) -> None:
+        try:
+            reason = request.accept(token_id, logprobs)
+            delta = None if reason else request.progress(token_id)
+        except Exception as error:  # a tokenizer that fails on one request must not take the others along
+            self._end(request, "error", (token_id,), error)
+            return
+        if delta is None:
+            self._end(request, reason, (token_id,))
+        else:
+            request.outbox.append(delta)
+
+    def _end(
+        self, request: Request, reason: FinishReason, new: tuple[int, ...] = (), error: Exception | None = None
+    ) -> None:
+        self._scheduler.remove(request)
+        samples = self._requests[request.id]
+        samples.remove(request)
+        if not samples:
+            del self._requests[request.id]
+        request.outbox.append(request.end(reason, new, error))

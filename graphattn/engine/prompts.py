@@ -1,0 +1,100 @@
+"""Prompts as users give them, to token ids that the engine can serve whatever else runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from operator import index
+
+from ..errors import InvalidRequestError, OutOfPagesError
+from ..pages import PagePool
+from ..sampling import SamplingParams
+
+Prompt = str | Sequence[int]
+Checked = tuple[tuple[int, ...], SamplingParams]
+
+
+class PromptReader:
+    """Turns prompts into ids and refuses what cannot be served; its errors name the prompt and what is wrong with it.
+
+    Args:
+        tokenizer: for text; None if there is none.
+        vocab_size: ids go from 0 to it, itself left out.
+        limit: tokens a request may reach, pages aside; None for no such limit.
+        pool: the pages that a request must fit in.
+    """
+
+    def __init__(self, tokenizer, *, vocab_size: int, limit: int | None, pool: PagePool):
+        self._tokenizer, self._vocab_size, self._limit, self._pool = tokenizer, vocab_size, limit, pool
+
+    def read_all(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Checked]:
+        """Reads one prompt or several, with parameters for all or one each."""
+        try:
+            listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        except TypeError as error:
+            raise InvalidRequestError(f"the prompts are neither text nor a sequence: {error}") from error
+        if listed and isinstance(listed[0], Integral):
+            listed = [listed]
+        each = list(params) if isinstance(params, Sequence) else [params] * len(listed)
+        if len(each) != len(listed):
+            raise InvalidRequestError(f"{len(each)} SamplingParams for {len(listed)} prompts: give one, or one each")
+        pairs = enumerate(zip(listed, each, strict=True))
+        return [self.read(prompt, one, f"prompt {at}") for at, (prompt, one) in pairs]
+
+    def read(self, prompt: Prompt, params: SamplingParams | None, name: str = "the prompt") -> Checked:
+        """Reads one prompt.
+
+        Raises:
+            InvalidRequestError: it is empty, too long, or no ids of the vocabulary, or lacks a tokenizer.
+            OutOfPagesError: the whole cache does not hold it.
+        """
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(f"the params of {name} are a {type(params).__name__}: give SamplingParams")
+        try:
+            ids = tuple(map(index, self._encode(prompt, name) if isinstance(prompt, str) else prompt))
+        except TypeError as error:
+            raise InvalidRequestError(f"{name} is neither text nor a sequence of token ids: {error}") from error
+        if not ids:
+            raise InvalidRequestError(f"{name} is empty: give at least one token")
+        self._check_ids(ids, f"{name} has token")
+        self._check_ids(params.stop_token_ids, f"stop_token_ids of {name} has")
+        if self._limit is not None and len(ids) >= self._limit:
+            raise InvalidRequestError(
+                f"{name} has {len(ids)} tokens, max_seq_len is {self._limit}: there is no room to generate"
+            )
+        if len(ids) >= self._pool.capacity_tokens:
+            raise OutOfPagesError(
+                f"{name} has {len(ids)} tokens and needs {self._pool.pages_for(len(ids) + 1)} pages to generate one "
+                f"more, the cache has {self._pool.num_usable} (page_size={self._pool.page_size}): give the cache more"
+            )
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequestError(f"stop={params.stop}: stop strings need a tokenizer; use stop_token_ids")
+        return ids, params
+
+    def read_chat(self, messages: Sequence[dict] | Sequence[Sequence[dict]]) -> list[list[int]]:
+        """Ids of one conversation or several through the model's chat template.
+
+        Raises:
+            InvalidRequestError: there is no tokenizer, or it has no chat template.
+        """
+        if self._tokenizer is None or not getattr(self._tokenizer, "chat_template", None):
+            raise InvalidRequestError("chat needs a tokenizer with a chat template: pass tokenizer=, or use generate")
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        options = {"add_generation_prompt": True, "tokenize": False}
+        texts = [self._tokenizer.apply_chat_template(conversation, **options) for conversation in conversations]
+        return [self._encode(text, "the conversation", add_special_tokens=False) for text in texts]
+
+    def _encode(self, text: str, name: str, **options) -> list[int]:
+        if self._tokenizer is None:
+            raise InvalidRequestError(f"{name} is text and there is no tokenizer: pass tokenizer= or token ids")
+        return self._tokenizer(text, **options)["input_ids"]
+
+    def _check_ids(self, ids: Sequence[int], what: str) -> None:
+        for position, token_id in enumerate(ids):
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidRequestError(
+                    f"{what} {token_id} at position {position}: ids go from 0 to {self._vocab_size - 1}"
+                )

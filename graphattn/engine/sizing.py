@@ -1,0 +1,63 @@
+"""How many pages a model's cache gets, and how long its requests may become."""
+
+from __future__ import annotations
+
+from ..errors import InvalidArgumentError, OutOfPagesError
+from ..hf.binding import Binding
+from ..hf.load import max_positions
+from ..memory import pages_that_fit, read_meters
+from ..spec import CacheSpec
+
+
+def length_limit(binding: Binding, max_seq_len: int | None) -> int | None:
+    """Tokens a request may reach, pages aside: what was asked, or else the model's limit; None if it has none.
+
+    Raises:
+        InvalidArgumentError: more was asked than the model has positions.
+    """
+    limit = max_positions(binding.model)
+    if max_seq_len is not None and limit is not None and max_seq_len > limit:
+        raise InvalidArgumentError(f"max_seq_len={max_seq_len}: the model's positions end at {limit}")
+    return limit if max_seq_len is None else max_seq_len
+
+
+def cache_spec(
+    binding: Binding,
+    *,
+    page_size: int,
+    num_pages: int | None,
+    kv_bytes: int | None,
+    memory_fraction: float,
+    max_batch: int,
+    limit: int | None,
+) -> CacheSpec:
+    """The pages asked for, what `kv_bytes` holds, or a share of what is free.
+
+    Args:
+        max_batch, limit: of the free memory no more is taken than so many requests of that length can use.
+
+    Raises:
+        InvalidArgumentError: too little for one page beside the null page.
+    """
+    dtype = binding.model.dtype
+    if num_pages is None:
+        smallest = CacheSpec(num_pages=2, page_size=page_size, dtype=dtype)
+        page_bytes = len(binding.layers) * smallest.page_bytes(binding.spec)
+        if kv_bytes is not None:
+            num_pages = pages_that_fit(page_bytes=page_bytes, kv_bytes=kv_bytes)
+        else:
+            free = read_meters(binding.model.device).free
+            num_pages = pages_that_fit(page_bytes=page_bytes, free=free, memory_fraction=memory_fraction)
+            if limit is not None:
+                num_pages = min(num_pages, 1 + max_batch * -(-limit // page_size))
+    return CacheSpec(num_pages=num_pages, page_size=page_size, dtype=dtype)
+
+
+def check_room(cache: CacheSpec, max_seq_len: int) -> None:
+    """Raises OutOfPagesError if one request of that length does not fit."""
+    needed, usable = -(-max_seq_len // cache.page_size), cache.num_pages - 1
+    if needed > usable:
+        raise OutOfPagesError(
+            f"max_seq_len={max_seq_len} needs {needed} pages, the cache has {usable} (page_size={cache.page_size}): "
+            "lower max_seq_len or give the cache more"
+        )

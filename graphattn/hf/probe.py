@@ -1,0 +1,173 @@
+"""What each attention module of a model computes, read from one call of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from ..errors import UnsupportedModelError
+from ..spec import AttentionSpec
+
+PROBE = "graphattn_probe"  # the attention implementation under which a model must be to be probed
+UNSERVED_ARGUMENTS = {
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+    "indices": "sparse attention indices",
+    "block_indices": "sparse attention blocks",
+}
+SERVED_LAYER_TYPES = ("full_attention", "sliding_attention")
+UNSERVED_ROPE_TYPES = ("dynamic", "longrope")
+FARTHEST = 1 << 20  # positions up to which a layer's mask is read
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the attention function, as the probe saw it."""
+
+    module: nn.Module
+    device: torch.device
+    q_shape: tuple[int, ...]
+    k_shape: tuple[int, ...]
+    v_shape: tuple[int, ...]
+    mask: Tensor | None
+    arguments: dict
+
+
+_calls: ContextVar[list[Call]] = ContextVar("graphattn_calls")
+
+
+def _probe_attention(module, query, key, value, attention_mask, **arguments):
+    shapes = (tuple(tensor.shape) for tensor in (query, key, value))
+    _calls.get().append(Call(module, query.device, *shapes, attention_mask, arguments))
+    return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def _probe_mask(*, config: PretrainedConfig, **arguments) -> Tensor:
+    """The mask of the call's tokens, with the keys that a far token sees, `[keys]`, as its attribute `far_L`.
+
+    Of `keys` tokens that is the last but one, so that the mask of a window, a chunk or both directions shows.
+    """
+    whole = {"attention_mask": None, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    keys = min(getattr(config, "max_position_embeddings", None) or FARTHEST, FARTHEST)
+    far = {"batch_size": 1, "q_length": 1, "kv_length": keys, "q_offset": keys - 2, "kv_offset": 0}
+    mask = sdpa_mask(**{**arguments, **whole})
+    mask.far_L = sdpa_mask(**{**arguments, **whole, **far})[0, 0, 0]
+    return mask
+
+
+AttentionInterface.register(PROBE, _probe_attention)
+AttentionMaskInterface.register(PROBE, _probe_mask)
+
+
+def refuse_config(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError for what a model's config alone rules out."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    if model.training:
+        raise UnsupportedModelError(f"{name} is in training mode: call model.eval() first")
+    if model.config.is_encoder_decoder or config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder: only decoders are served")
+    if model._is_stateful:
+        raise UnsupportedModelError(f"{name} keeps a state besides keys and values, which is not served")
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in SERVED_LAYER_TYPES:
+            raise UnsupportedModelError(f"{name}: layer {layer} is {kind}, which is not served")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if parameters.get("rope_type") in UNSERVED_ROPE_TYPES:
+            raise UnsupportedModelError(
+                f"{name}: rope type {parameters['rope_type']} takes its frequencies from the longest row of a batch, "
+                "so rows would change each other; it is not served"
+            )
+
+
+def probe(model: PreTrainedModel) -> list[Call]:
+    """Runs two tokens through a model whose attention implementation is `PROBE`; returns the calls by layer index."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with _recording() as calls, torch.no_grad():
+        try:
+            model(input_ids=ids, position_ids=torch.arange(2, device=ids.device)[None], use_cache=False)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not run on tokens and positions alone: {type(error).__name__}: {error}"
+            ) from error
+    return sorted(calls, key=lambda call: getattr(call.module, "layer_idx", None) or 0)
+
+
+@contextmanager
+def _recording() -> Iterator[list[Call]]:
+    token = _calls.set([])
+    try:
+        yield _calls.get()
+    finally:
+        _calls.reset(token)
+
+
+def shared_spec(model: PreTrainedModel, calls: list[Call]) -> AttentionSpec:
+    """The one spec of all layers.
+
+    Raises:
+        UnsupportedModelError: a layer is missing, called twice, does something unserved, or differs from layer 0.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    indices = [getattr(call.module, "layer_idx", None) for call in calls]
+    if indices != list(range(config.num_hidden_layers)):
+        raise UnsupportedModelError(
+            f"{name}: transformers' attention interface was called for layers {indices}, expected is each of "
+            f"{config.num_hidden_layers} once; only plain decoders that go through it are served"
+        )
+    specs = [_spec(f"{name}: layer {layer}", model, call) for layer, call in enumerate(calls)]
+    for layer, spec in enumerate(specs):
+        if spec != specs[0]:
+            raise UnsupportedModelError(
+                f"{name}: layer {layer} is {spec}, layer 0 is {specs[0]}; layers that differ are not served"
+            )
+    return specs[0]
+
+
+def _spec(layer: str, model: PreTrainedModel, call: Call) -> AttentionSpec:
+    arguments = call.arguments
+    for argument, meaning in UNSERVED_ARGUMENTS.items():
+        if arguments.get(argument) is not None:
+            raise UnsupportedModelError(f"{layer} uses {meaning} ({argument}), which is not served")
+    if arguments.get("is_causal") is False or getattr(call.module, "is_causal", True) is False:
+        raise UnsupportedModelError(f"{layer} is not causal, which is not served")
+    if call.v_shape[3] != call.q_shape[3]:
+        raise UnsupportedModelError(
+            f"{layer} has values of width {call.v_shape[3]} under keys of width {call.q_shape[3]}, which is not served"
+        )
+    if call.device != model.device:
+        raise UnsupportedModelError(
+            f"{layer} is on {call.device}, the model on {model.device}: a model over several devices is not served"
+        )
+    window = arguments.get("sliding_window")
+    if call.mask is not None and not _is_causal(call.mask, window):
+        raise UnsupportedModelError(
+            f"{layer} asks for window={window}, but its mask is not the causal one of that window; that is not served"
+        )
+    return AttentionSpec(
+        num_heads=call.q_shape[1],
+        num_kv_heads=call.k_shape[1],
+        head_dim=call.q_shape[3],
+        scale=arguments.get("scaling"),
+        window=window,
+        softcap=arguments.get("softcap"),
+    )
+
+
+def _is_causal(mask: Tensor, window: int | None) -> bool:
+    """Whether a mask is what `_probe_mask` makes for causal attention over the latest `window` keys."""
+    far_L = getattr(mask, "far_L", None)  # gone where the model made another mask of it
+    if far_L is None:
+        return False
+    key_L, query = torch.arange(len(far_L), device=far_L.device), len(far_L) - 2
+    sees_L = key_L <= query
+    if window is not None:
+        sees_L &= key_L > query - window
+    return torch.equal(far_L, sees_L)

@@ -1,0 +1,71 @@
+"""The code in the documentation runs, and does what the page says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def code(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+
+
+def engine_page(device: str, dtype: torch.dtype) -> tuple[dict, list[list[int]]]:
+    """The page's names after its code ran, its model in another place or dtype if asked."""
+    blocks = code("engine.md")
+    last = blocks[-1].replace("Model().eval()", f"Model().eval().to({device!r}, {dtype})")
+    names: dict = {}
+    exec("\n".join([*blocks[:-1], last]), names)
+    return names, names["answers"]
+
+
+def dense_greedy(model, prompt: list[int], num_tokens: int) -> list[int]:
+    """The same model without pages: each layer attends densely over the whole row, recomputed for every token."""
+    row = list(prompt)
+    for _ in range(num_tokens):
+        x = model.embed(torch.tensor(row)) + model.where(torch.arange(len(row)))
+        for layer in model.layers:
+            qkv = layer.qkv(x).unflatten(-1, (layer.heads + 2 * layer.kv_heads, -1)).transpose(0, 1)
+            q, k, v = qkv.split([layer.heads, layer.kv_heads, layer.kv_heads])
+            repeat = layer.heads // layer.kv_heads
+            k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
+            attended = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
+            x = x + layer.out(attended.transpose(0, 1).flatten(1))
+        row.append((x[-1] @ model.embed.weight.T).argmax().item())
+    return row[len(prompt) :]
+
+
+@torch.no_grad()
+def test_engine_page() -> None:
+    names, answers = engine_page("cpu", torch.float64)
+    engine = names["engine"]
+    for prompt, answer in zip([[1, 2, 3], [7], list(range(40))], answers, strict=True):
+        assert answer == dense_greedy(engine.model, prompt, 8)
+    assert engine.pool.num_used == 0
+    assert engine.runner.counts == {"eager": 7}
+
+
+def test_engine_is_about_60_lines() -> None:
+    engine = next(block for block in code("engine.md") if "class Engine" in block)
+    assert len(engine.splitlines()) <= 60
+
+
+@pytest.mark.gpu
+def test_engine_page_in_graphs() -> None:
+    names, captured = engine_page("cuda", torch.bfloat16)
+    runner = names["engine"].runner
+    assert runner.counts == {"replay": 7}
+    eager = names["Engine"](names["engine"].model, enforce_eager=True)
+    assert eager.generate([[1, 2, 3], [7], list(range(40))], num_tokens=8) == captured
+
+
+def test_links_point_at_files() -> None:
+    for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

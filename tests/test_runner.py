@@ -1,0 +1,211 @@
+"""Static buffers, padding and the runner, on a CPU: the same code that a GPU captures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphattn import (
+    AttentionSpec,
+    BackendError,
+    BucketError,
+    BucketLadder,
+    CacheSpec,
+    CaptureError,
+    DecodeRunner,
+    InvalidArgumentError,
+    Planner,
+    StepState,
+    ragged_batch,
+)
+from graphattn.backends.reference import ReferenceBackend
+
+SPEC = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=4)
+CACHE = CacheSpec(num_pages=8, page_size=4, dtype=torch.float32)
+
+
+def new_state(max_batch: int = 6, groups: int = 1) -> StepState:
+    return StepState(max_batch=max_batch, max_seq_len=20, page_size=4, groups=[SPEC] * groups, device="cpu")
+
+
+def expected_csr(lens: list[int], tables: list[list[int]], page_size: int) -> tuple[list[int], list[int], list[int]]:
+    indptr, indices, last = [0], [], []
+    for length, table in zip(lens, tables, strict=True):
+        pages = 1
+        while pages * page_size < length:
+            pages += 1
+        indices += table[:pages]
+        indptr.append(len(indices))
+        last.append(length - (pages - 1) * page_size)
+    return indptr, indices, last
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_staged_buffers_hold_the_rows_and_padding(data) -> None:
+    """Several steps through the ring, two groups with pages of their own; addresses never change."""
+    state = new_state(groups=2)
+    addresses = {bucket: state.token_ids(bucket).data_ptr() for bucket in range(1, 7)}
+    for _ in range(data.draw(st.integers(1, 4))):
+        bucket = data.draw(st.integers(1, 6))
+        lens = data.draw(st.lists(st.integers(1, 20), max_size=bucket))
+        tokens = [data.draw(st.integers(0, 99)) for _ in lens]
+        tables = [
+            [
+                [data.draw(st.integers(1, 99)) for _ in range(-(-length // 4) + data.draw(st.integers(0, 2)))]
+                for length in lens
+            ]
+            for _ in range(2)
+        ]
+        batch = state.stage(bucket, tokens, lens, tables)
+        padding = bucket - len(lens)
+        assert batch.num_rows == bucket
+        assert batch.token_ids_N.tolist() == tokens + [0] * padding
+        assert batch.positions_N.tolist() == [length - 1 for length in lens] + [0] * padding
+        assert batch.rows_N.tolist() == list(range(bucket))
+        assert batch.qo_indptr_B1.tolist() == list(range(bucket + 1))
+        assert batch.token_ids_N.data_ptr() == addresses[bucket] == state.token_ids(bucket).data_ptr()
+        for group in range(2):
+            indptr, indices, last = expected_csr(lens + [1] * padding, tables[group] + [[0]] * padding, 4)
+            for side in (batch.groups[group], batch.groups_host[group]):
+                assert side.indptr_B1.tolist() == indptr
+                assert side.indices_P[: len(indices)].tolist() == indices
+                assert side.last_page_len_B.tolist() == last
+                assert side.kv_lens(4).tolist() == lens + [1] * padding
+            assert len(batch.groups_host[group].indices_P) == len(indices)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), min_size=1, max_size=5), st.sampled_from([1, 4, 16]))
+def test_ragged_batch(rows: list[tuple[int, int]], page_size: int) -> None:
+    starts = [start for start, _ in rows]
+    tokens = [[10 * row + index for index in range(count)] for row, (_, count) in enumerate(rows)]
+    lens = [start + count for start, count in rows]
+    tables = [[100 * row + index for index in range(40)] for row in range(len(rows))]
+    batch = ragged_batch(tokens, starts, [tables], page_size=page_size, device="cpu")
+    assert batch.token_ids_N.tolist() == sum(tokens, [])
+    assert batch.positions_N.tolist() == [position for start, count in rows for position in range(start, start + count)]
+    assert batch.rows_N.tolist() == [row for row, (_, count) in enumerate(rows) for _ in range(count)]
+    assert batch.qo_indptr_B1.tolist() == [sum(count for _, count in rows[:row]) for row in range(len(rows) + 1)]
+    indptr, indices, last = expected_csr(lens, tables, page_size)
+    assert batch.groups[0].indptr_B1.tolist() == indptr
+    assert batch.groups[0].indices_P.tolist() == indices
+    assert batch.groups[0].last_page_len_B.tolist() == last
+
+
+@pytest.mark.parametrize(
+    ("bucket", "tokens", "lens", "tables", "words"),
+    [
+        (2, [1, 2, 3], [1, 1, 1], [[1], [2], [3]], "3 rows at bucket 2"),
+        (7, [1], [1], [[1]], "at bucket 7: the bucket must hold them and be at most 6"),
+        (2, [1, 2], [1, 21], [[1], [1] * 6], "row 1: 21 tokens, max_seq_len is 20"),
+        (2, [1, 2], [4, 5], [[1], [2]], r"row 1: 5 tokens need 2 pages \(page_size=4\), its table has 1"),
+        (2, [1], [0], [[1]], "row 0: 0 tokens"),
+    ],
+)
+def test_what_cannot_be_staged(bucket, tokens, lens, tables, words) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        new_state().stage(bucket, tokens, lens, [tables])
+
+
+def test_empty_prefill_rows() -> None:
+    with pytest.raises(InvalidArgumentError, match="each with at least one token"):
+        ragged_batch([[1], []], [0, 0], [[[1], [2]]], page_size=4, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["max_batch", "max_seq_len", "page_size"])
+def test_state_sizes(name: str) -> None:
+    sizes = {"max_batch": 2, "max_seq_len": 8, "page_size": 4} | {name: 0}
+    with pytest.raises(InvalidArgumentError, match=f"{name}=0"):
+        StepState(**sizes, groups=[SPEC], device="cpu")
+
+
+def new_runner(step_fn, **options) -> DecodeRunner:
+    state = new_state()
+    return DecodeRunner(step_fn, state, Planner([SPEC], CACHE, "cpu"), ladder=BucketLadder([1, 4], 6), **options)
+
+
+def rows(count: int) -> tuple[list[int], list[int], list]:
+    return list(range(count)), [1] * count, [[[1]] * count]
+
+
+def test_runs_at_the_bucket_and_cuts_the_padding() -> None:
+    seen = []
+
+    def step(token_ids, positions):
+        seen.append(len(token_ids))
+        return torch.stack([token_ids, positions], dim=1), token_ids * 2
+
+    runner = new_runner(step)
+    calls = []
+    assert [capture.bucket for capture in runner.capture(lambda done, total: calls.append((done, total)))] == [6, 4, 1]
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    seen.clear()
+    pairs, doubled = runner.run(*rows(3))
+    assert seen == [4]
+    assert pairs.tolist() == [[0, 0], [1, 0], [2, 0]]
+    assert doubled.tolist() == [0, 2, 4]
+    runner.verify(*rows(6))
+    assert dict(runner.steps) == {4: 1, 6: 1}
+    assert runner.counts == {"eager": 2}
+    address = runner.run(*rows(1))[1].data_ptr()
+    assert runner.run(*rows(5))[1].data_ptr() == address, "all buckets share their outputs"
+
+
+def test_one_output_comes_alone() -> None:
+    runner = new_runner(lambda token_ids, positions: token_ids + 1)
+    assert runner.run(*rows(2)).tolist() == [1, 2]
+
+
+def test_lazy_prepares_the_largest_first_and_others_on_use() -> None:
+    runner = new_runner(lambda token_ids, positions: token_ids, capture="lazy")
+    runner.capture()
+    assert [capture.bucket for capture in runner.captures] == [6]
+    runner.run(*rows(2))
+    assert [capture.bucket for capture in runner.captures] == [6, 4]
+
+
+def test_verify_sees_a_step_that_changes() -> None:
+    extra = torch.zeros(6, dtype=torch.int32)
+
+    def step(token_ids, positions):
+        changed = token_ids + extra[: len(token_ids)]
+        extra[1] += steps_differ
+        return changed
+
+    steps_differ = 0
+    runner = new_runner(step)
+    runner.capture()
+    runner.verify(*rows(2))
+    steps_differ = 1
+    with pytest.raises(CaptureError, match=r"output 0 .* rows \[1\]"):
+        runner.verify(*rows(2))
+
+
+def test_a_failing_row_leaves_the_runner_usable() -> None:
+    runner = new_runner(lambda token_ids, positions: token_ids)
+    with pytest.raises(BucketError, match="a batch of 7 rows: the ladder covers 1 to 6"):
+        runner.run(*rows(7))
+    with pytest.raises(InvalidArgumentError, match="its table has 1"):
+        runner.run([1], [9], [[[1]]])
+    assert runner.run(*rows(2)).tolist() == [0, 1]
+
+
+def test_what_no_runner_is(monkeypatch) -> None:
+    with pytest.raises(InvalidArgumentError, match="its first dimension must be the 6 rows"):
+        new_runner(lambda token_ids, positions: token_ids.sum()).capture()
+    with pytest.raises(InvalidArgumentError, match="capture='some': choose all or lazy"):
+        new_runner(lambda token_ids, positions: token_ids, capture="some")
+    with pytest.raises(InvalidArgumentError, match="the ladder ends at 4, the state holds 6 rows"):
+        DecodeRunner(lambda t, p: t, new_state(), Planner([SPEC], CACHE, "cpu"), ladder=BucketLadder([4]))
+
+
+def test_the_reference_is_not_captured(monkeypatch) -> None:
+    """As on CUDA, where the reference's plan makes tensors of the rows' lengths."""
+    state = new_state()
+    monkeypatch.setattr(state, "device", torch.device("cuda"))
+    assert not ReferenceBackend.capturable
+    with pytest.raises(BackendError, match="backend reference cannot run inside a CUDA graph: pass enforce_eager=True"):
+        DecodeRunner(lambda t, p: t, state, Planner([SPEC], CACHE, "cpu"), ladder=BucketLadder([6]))

@@ -296,6 +296,7 @@ def test_verify_sees_a_stale_capture() -> None:
         weight.data = weight.data.clone().neg_()
         with pytest.raises(CaptureError, match="output 0 of the captured step differs"):
             runner.verify(*rows.feed([5, 6]))
+        llm.add_request([1, 2], GREEDY)
         with pytest.raises(CaptureError, match="moved or reassigned"):
             llm.step()
 

@@ -34,7 +34,7 @@ def bundled_model() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def open_model(model: str, *, max_batch: int, enforce_eager: bool, compile: str):
+def open_model(model: str, *, max_batch: int, enforce_eager: bool, compile: bool):
     """An `LLM`, with a bar for loading and one for its buckets."""
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     names = {"load": "loading the model", "capture": "preparing buckets"}
@@ -53,13 +53,12 @@ def open_model(model: str, *, max_batch: int, enforce_eager: bool, compile: str)
                 tasks[stage] = bars.add_task(names[stage], total=total)
             bars.update(tasks[stage], completed=done)
 
-        switches = {"auto": "auto", "yes": True, "no": False}
         return LLM(
             model,
             max_batch=max_batch,
             max_seq_len=2048,
             enforce_eager=enforce_eager,
-            compile=switches[compile],
+            compile=compile,
             progress=show,
         )
 
@@ -111,12 +110,12 @@ def main(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 96,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 4,
     enforce_eager: Annotated[bool, typer.Option(help="No CUDA graphs.")] = False,
-    compile: Annotated[str, typer.Option(help="auto, yes or no: compile the step with Inductor.")] = "auto",
+    compile: Annotated[
+        bool, typer.Option(help="Compile the step with Inductor; takes a minute the first time.")
+    ] = False,
     prepare: Annotated[bool, typer.Option("--prepare", help="Convert the weights and stop.")] = False,
 ) -> None:
     """Streams greedy answers, then prints the speed, the buckets used and the memory ledger."""
-    if compile not in ("auto", "yes", "no"):
-        raise typer.BadParameter(f"{compile!r}: choose auto, yes or no", param_hint="--compile")
     source = model or str(bundled_model())
     if prepare:
         import torch

@@ -260,7 +260,7 @@ class LLM:
                 f"backend     {', '.join(backend.name for backend in planner.backends)} on {self._executor.device}",
                 f"layers      {len(self._executor.binding.layers)} x {spec}",
                 "rope        applied by the model, outside the op",
-                f"buckets     {', '.join(map(str, run.ladder))}",
+                f"buckets     {', '.join(f'{bucket} ({run.steps[bucket]} steps)' for bucket in run.ladder)}",
                 f"pages       {self.pool.num_usable} of {self.pool.page_size} tokens, {self.pool.num_used} in use, "
                 f"{self.pool.num_cached} cached; max_seq_len {self.max_seq_len}",
                 f"steps       {counts['replay']} replayed, {counts['eager']} eager, {counts['guard']} stopped by the "

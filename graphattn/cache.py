@@ -32,12 +32,14 @@ class KVCache:
     def __init__(self, num_layers: int, spec: AttentionSpec, cache: CacheSpec, device: torch.device | str):
         if num_layers < 1:
             raise InvalidArgumentError(f"num_layers={num_layers}: it must be at least 1")
-        self.spec, self.cache, self.device = spec, cache, torch.device(device)
+        self.spec, self.cache = spec, cache
         shape_PSHD = (cache.num_pages, cache.page_size, spec.num_kv_heads, spec.head_dim)
-        self.layers: list[tuple[Tensor, Tensor]] = [
-            tuple(torch.empty(shape_PSHD, dtype=cache.dtype, device=self.device) for _ in "kv")
-            for _ in range(num_layers)
-        ]
+        with torch.inference_mode(False):  # what is made inside it cannot be written outside it
+            self.layers: list[tuple[Tensor, Tensor]] = [
+                tuple(torch.empty(shape_PSHD, dtype=cache.dtype, device=device) for _ in "kv")
+                for _ in range(num_layers)
+            ]
+        self.device = self.layers[0][0].device
 
     @property
     def num_bytes(self) -> int:

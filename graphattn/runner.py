@@ -67,7 +67,7 @@ class DecodeRunner:
     Attributes:
         captures: a `Capture` per captured bucket, in order.
         counts: steps by how they ran: "replay", "eager", and "guard" (a plan that no longer matched its capture).
-        steps: steps by bucket.
+        rows: steps by the number of rows asked for, padding left out.
 
     Raises:
         BackendError: a CUDA graph was asked of a backend that cannot be captured.
@@ -98,7 +98,7 @@ class DecodeRunner:
         self.state, self.planner, self.ladder = state, planner, ladder
         self.captures: list[Capture] = []
         self.counts: Counter[str] = Counter()
-        self.steps: Counter[int] = Counter()
+        self.rows: Counter[int] = Counter()
         self._step_fn, self._lazy = step_fn, capture == "lazy"
         self._buckets: dict[int, _Bucket] = {}
         self._outputs: tuple[Tensor, ...] = ()
@@ -130,7 +130,7 @@ class DecodeRunner:
     def run(
         self, token_ids: Sequence[int], seq_lens: Sequence[int], tables: Sequence[Sequence[Sequence[int]]]
     ) -> Tensor | tuple[Tensor, ...]:
-        """Runs one step; returns without waiting for the device.
+        """Runs one step. Waits for no step; at most for the copies of an earlier one's numbers to the device.
 
         Args:
             token_ids: the token each row feeds.
@@ -148,7 +148,7 @@ class DecodeRunner:
         prepared = self._prepare(bucket)
         batch = self.state.stage(bucket, token_ids, seq_lens, tables)
         prepared.plan.plan(batch)
-        self.steps[bucket] += 1
+        self.rows[len(token_ids)] += 1
         if prepared.graph is None:
             self.counts["eager"] += 1
             self._call(prepared)
@@ -158,8 +158,15 @@ class DecodeRunner:
         else:
             self.counts["guard"] += 1
             self._call(prepared)
-            self._capture_graph(prepared)
+            self._record(bucket, self._capture_graph(prepared))
         return self._result(len(token_ids))
+
+    def bucket_steps(self) -> dict[int, int]:
+        """Steps run at each bucket of the ladder."""
+        steps = dict.fromkeys(self.ladder, 0)
+        for num_rows, count in self.rows.items():
+            steps[self.ladder.pick(num_rows)] += count
+        return steps
 
     def verify(
         self, token_ids: Sequence[int], seq_lens: Sequence[int], tables: Sequence[Sequence[Sequence[int]]]
@@ -199,8 +206,12 @@ class DecodeRunner:
         self._allocate_outputs(prepared, bucket)
         sizes = self._capture_graph(prepared) if self.uses_graphs else {}
         self._buckets[bucket] = prepared
-        self.captures.append(Capture(bucket=bucket, seconds=time.perf_counter() - started, **sizes))
+        self._record(bucket, sizes, time.perf_counter() - started)
         return prepared
+
+    def _record(self, bucket: int, sizes: dict[str, int], seconds: float = 0.0) -> None:
+        self.captures = [capture for capture in self.captures if capture.bucket != bucket]
+        self.captures.append(Capture(bucket=bucket, seconds=seconds, **sizes))
 
     def _allocate_outputs(self, prepared: _Bucket, bucket: int) -> None:
         if self._outputs:
@@ -214,7 +225,10 @@ class DecodeRunner:
                     f"output {index} of step_fn is {tuple(output.shape)}: its first dimension must be the {bucket} rows"
                 )
         rows = self.state.max_batch
-        self._outputs = tuple(output.new_zeros((rows, *output.shape[1:])) for output in outputs)
+        with torch.inference_mode(False):
+            self._outputs = tuple(
+                torch.zeros((rows, *output.shape[1:]), dtype=output.dtype, device=output.device) for output in outputs
+            )
 
     def _eager(self, prepared: _Bucket) -> Tensor | tuple[Tensor, ...]:
         with torch.no_grad(), active_plans(prepared.plan.groups):
@@ -229,11 +243,12 @@ class DecodeRunner:
     def _capture_graph(self, prepared: _Bucket) -> dict[str, int]:
         """Warms up and captures; returns the bytes that the graph took."""
         # On the capture stream: cuBLAS workspaces, compilation and lazily loaded kernels must not be captured.
-        self._stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(self.state.device)
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             for _ in range(2):
                 self._call(prepared)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        current.wait_stream(self._stream)
         torch.cuda.synchronize(self.state.device)
         torch.cuda.empty_cache()
         reserved, free = torch.cuda.memory_reserved(self.state.device), torch.cuda.mem_get_info(self.state.device)[0]

@@ -81,13 +81,15 @@ class StepState:
         if not groups:
             raise InvalidArgumentError("no layer group: the state needs at least one")
         self.max_batch, self.max_seq_len, self.page_size = max_batch, max_seq_len, page_size
-        self.groups, self.device = tuple(groups), torch.device(device)
+        self.groups = tuple(groups)
         self.max_pages_per_row = -(-max_seq_len // page_size)
         self._positions_at = _aligned(max_batch)
         indices_at = _aligned(max_batch) + _aligned(max_batch + 1)
         self._layout = _Layout(_aligned(max_batch), indices_at, indices_at + max_batch * self.max_pages_per_row)
         sizes = [2 * self._positions_at, *[self._layout.size] * len(groups)]
-        self._buffers = [torch.zeros(size, dtype=torch.int32, device=self.device) for size in sizes]
+        with torch.inference_mode(False):
+            self._buffers = [torch.zeros(size, dtype=torch.int32, device=device) for size in sizes]
+        self.device = self._buffers[0].device
         self._ring = [_Staging(sizes, self.device) for _ in range(RING_DEPTH)]
         self._turn = 0
         self._rows = torch.arange(max_batch, dtype=torch.int32, device=self.device)
@@ -156,7 +158,7 @@ class StepState:
             array[self._layout.indices : used] = indices
             self._buffers[group][:used].copy_(staging.tensors[group][:used], non_blocking=True)
         if staging.copied is not None:
-            staging.copied.record()
+            staging.copied.record(torch.cuda.current_stream(self.device))
         return Batch(
             token_ids_N=self.token_ids(bucket),
             positions_N=self.positions(bucket),

@@ -245,7 +245,7 @@ def test_a_soft_cap():
 # The cache
 
 
-ACTIONS = ("extend", "extend", "select", "repeat", "crop", "copy")
+ACTIONS = ("extend", "extend", "select", "mask", "repeat", "crop", "copy")
 
 
 @given(data=st.data())
@@ -254,20 +254,16 @@ def test_any_history_of_a_cache_gives_the_logits_of_its_tokens(data):
     """Chunks, padding before the first token, reordering, forgetting: against the model on the whole rows at once."""
     model, oracle = _pair()
     ids_BC, mask_BC = torch.empty(2, 0, dtype=torch.long), torch.empty(2, 0, dtype=torch.long)
-    past = None
+    past, random = None, torch.Generator().manual_seed(0)
     with attach(model, page_size=PAGE) as handle, torch.no_grad():
-        for _ in range(data.draw(st.integers(1, 5))):
-            action = (
-                data.draw(st.sampled_from(["extend", "extend", "select", "repeat", "crop", "copy"]))
-                if past
-                else "extend"
-            )
+        for _ in range(data.draw(st.integers(3, 12))):
+            action = data.draw(st.sampled_from(ACTIONS)) if past else "extend"
             if action == "extend":
                 count = data.draw(st.integers(1, 6))
                 pads = [0 if row.any() else data.draw(st.integers(0, count)) for row in mask_BC]
                 new_BT = torch.tensor([[0] * pad + [1] * (count - pad) for pad in pads])
                 mask_BC = torch.cat([mask_BC, new_BT], 1)
-                ids_BC = torch.cat([ids_BC, torch.randint(128, new_BT.shape)], 1)
+                ids_BC = torch.cat([ids_BC, torch.randint(128, new_BT.shape, generator=random)], 1)
                 out = model(ids_BC[:, -count:], attention_mask=mask_BC, past_key_values=past)
                 past, whole = out.past_key_values, oracle(ids_BC, attention_mask=mask_BC)
                 kept = new_BT.bool()
@@ -286,6 +282,9 @@ def test_any_history_of_a_cache_gives_the_logits_of_its_tokens(data):
                 if action == "repeat":
                     rows = [row for row in range(len(mask_BC)) for _ in range(2)]
                     past.batch_repeat_interleave(2)
+                elif action == "mask":
+                    rows = sorted(set(rows))
+                    past.batch_select_indices(torch.tensor([row in rows for row in range(len(mask_BC))]))
                 else:
                     past.reorder_cache(torch.tensor(rows))
                 ids_BC, mask_BC = ids_BC[rows], mask_BC[rows]
@@ -636,6 +635,7 @@ MODELS = {
         _window_in_the_mask_alone,
         "layer 0 asks for window=None, but its mask is not the causal one",
     ),
+    "mask of its own": (lambda: tiny("doge"), "layer 0 asks for window=None, but its mask is not the causal one"),
     "no interface, gptj": (
         lambda: tiny("gptj", **GPTJ),
         r"interface was called for layers \[\], expected is each of 2",

@@ -35,12 +35,12 @@ def run_ragged(rows: DenseRows, backend: str) -> torch.Tensor:
         return torch.ops.graphattn.attend(*rows.packed, *rows.cache.layers[0], 0)
 
 
-def run_decode(rows: DenseRows, backend: str, padding: int) -> torch.Tensor:
+def run_decode(rows: DenseRows, backend: str, padding: int, max_seq_len: int = 512) -> torch.Tensor:
     """The rows as a decode step at a bucket that is `padding` rows larger."""
     device, num_rows = rows.q[0].device, len(rows.new)
     bucket = num_rows + padding
     state = StepState(
-        max_batch=bucket, max_seq_len=512, page_size=rows.pool.page_size, groups=[rows.spec], device=device
+        max_batch=bucket, max_seq_len=max_seq_len, page_size=rows.pool.page_size, groups=[rows.spec], device=device
     )
     plan = Planner([rows.spec], rows.cache.cache, device, backend).decode(state, bucket)
     lens = [old + 1 for old in rows.cached]
@@ -138,6 +138,33 @@ def test_flashinfer_skewed_and_long() -> None:
     for new in ([1] * len(cached), [300, *[2] * 40]):
         rows = DenseRows(spec, cached, new, page_size=16, dtype=torch.bfloat16, device="cuda")
         check(rows, run_ragged(rows, "flashinfer"), floor=1e-3)
+    rows = DenseRows(spec, cached, [1] * len(cached), page_size=16, dtype=torch.bfloat16, device="cuda")
+    check(rows, run_decode(rows, "flashinfer", padding=7, max_seq_len=8192), floor=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", ["group 3", "group 7"])
+def test_flashinfer_plans_ahead(heads: str, monkeypatch) -> None:
+    """Rows that grow across pages, and one that a shorter row replaces, under plans made for longer ones."""
+    from graphattn.backends.flashinfer import decode
+
+    plans = []
+    fast_decode_plan = decode.fast_decode_plan
+    monkeypatch.setattr(decode, "fast_decode_plan", lambda *a, **k: (plans.append(1), fast_decode_plan(*a, **k)))
+    spec, lens = spec_of(heads, 128), [0, 15, 700, 1500, 2047]
+    state = StepState(max_batch=8, max_seq_len=4096, page_size=16, groups=[spec], device="cuda")
+    plan, num_steps = None, 0
+    for grown in (*range(0, 70, 3), 0):
+        cached = [length + grown for length in lens]
+        rows = DenseRows(spec, cached, [1] * 5, page_size=16, dtype=torch.bfloat16, device="cuda", seed=grown)
+        plan = plan or Planner([spec], rows.cache.cache, "cuda").decode(state, 8)
+        tables = [table.pages for table in rows.tables]
+        plan.plan(state.stage(8, [0] * 5, [length + 1 for length in cached], [tables]))
+        padded = [torch.cat([tensor, tensor.new_ones(3, *tensor.shape[1:])]) for tensor in rows.packed]
+        with active_plans(plan.groups):
+            check(rows, torch.ops.graphattn.attend(*padded, *rows.cache.layers[0], 0)[:5], floor=1e-3)
+        num_steps += 1
+    assert 2 <= len(plans) < num_steps / 2
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

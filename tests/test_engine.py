@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -22,13 +23,12 @@ from graphattn import (
     SamplingParams,
     UnsupportedModelError,
 )
+from graphattn.draw import derive_seed
 from graphattn.hf import attach
 from graphattn.plan import choose_backend
-from graphattn.draw import derive_seed
 from graphattn.spec import AttentionSpec, CacheSpec
 
 VOCAB = 128
-END = 5  # in no greedy text unless a test asks for it
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,23 +98,22 @@ def prompt_of(length: int, seed: int) -> tuple[int, ...]:
     return tuple(random.Random(seed).choices(range(VOCAB), k=length))
 
 
-def run(llm: LLM) -> dict[int, RequestOutput]:
-    """Steps until nothing is left; deltas must add up to the outputs."""
+def finish(llm: LLM, *, whole: bool = True) -> dict[int, RequestOutput]:
+    """Steps until nothing is left; with `whole`, the deltas of each request must add up to its output."""
     outputs, tokens, texts = {}, defaultdict(tuple), defaultdict(str)
     while llm.has_work:
         for delta in llm.step():
-            key = delta.request_id, delta.index
-            assert key not in outputs, "a delta after the last"
-            tokens[key] += delta.token_ids
-            texts[key] += delta.text
+            assert delta.request_id not in outputs, "a delta after the last"
+            tokens[delta.request_id] += delta.token_ids
+            texts[delta.request_id] += delta.text
             if delta.output is not None:
-                outputs[key] = delta.output
+                outputs[delta.request_id] = delta.output
         llm.pool.check()
-    for key, output in outputs.items():
-        assert tokens[key] == output.token_ids
-        assert texts[key] == output.text
     assert llm.pool.num_used == 0
-    return {request_id: output for (request_id, _), output in outputs.items()}
+    if whole:
+        assert tokens == {request_id: output.token_ids for request_id, output in outputs.items()}
+        assert texts == {request_id: output.text for request_id, output in outputs.items()}
+    return outputs
 
 
 SHARED = prompt_of(37, seed=99)
@@ -161,6 +160,22 @@ def test_a_sliding_window_is_obeyed_over_pages_and_chunks() -> None:
         assert [output.token_ids for output in llm.generate(PROMPTS, greedy())] == want
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"buckets": [3]},
+        {"capture": "lazy", "enforce_eager": True},
+        pytest.param({"compile": True}, marks=pytest.mark.inductor),
+    ],
+    ids=str,
+)
+def test_every_mode_gives_the_same_tokens(options: dict) -> None:
+    with LLM(small(), max_batch=6, num_pages=80, **options) as llm:
+        outputs = llm.generate(PROMPTS[:1], greedy()) + llm.generate(PROMPTS[1:], greedy())
+        assert [output.token_ids for output in outputs] == [expected("small", prompt, 12) for prompt in PROMPTS]
+        assert ("compiled, 2 graphs" in llm.explain()) == ("compile" in options)
+
+
 def soak(num_requests: int, seed: int) -> None:
     """Random requests, greedy and seeded, through a small pool; each must get what it gets alone."""
     rng = random.Random(seed)
@@ -175,7 +190,8 @@ def soak(num_requests: int, seed: int) -> None:
 
     with LLM(small(), max_batch=1, num_pages=200, prefix_cache=False) as llm:
         alone = {
-            key: llm.generate([key[0]], params(key[1], 24))[0].token_ids for key in sorted(set(pool_of_prompts), key=str)
+            key: llm.generate([key[0]], params(key[1], 24))[0].token_ids
+            for key in sorted(set(pool_of_prompts), key=str)
         }
     for (prompt, one_seed), tokens in list(alone.items())[::10]:
         if one_seed is None:
@@ -188,8 +204,9 @@ def soak(num_requests: int, seed: int) -> None:
                 key, max_tokens = rng.choice(pool_of_prompts), rng.randint(1, 24)
                 sent[llm.add_request(key[0], params(key[1], max_tokens))] = (key, max_tokens)
             if rng.random() < 0.03 and (running := sorted(sent.keys() - outputs.keys() - aborted)):
-                aborted.add(rng.choice(running))
-                llm.abort(max(aborted, key=lambda one: one in running and one))
+                victim = rng.choice(running)
+                aborted.add(victim)
+                llm.abort(victim)
             for delta in llm.step():
                 streamed[delta.request_id] += delta.token_ids
                 if delta.output is not None:
@@ -219,3 +236,691 @@ def test_a_thousand_requests_through_a_small_pool() -> None:
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_thousands_more(seed: int) -> None:
     soak(3000, seed)
+
+
+# Sampling: every field of SamplingParams reaches the draw, and a draw depends on seed and position alone.
+
+
+def seeded(seed: int, **options) -> SamplingParams:
+    return SamplingParams(temperature=0.9, top_p=0.95, seed=seed, max_tokens=14, **options)
+
+
+def test_seeded_draws_do_not_depend_on_neighbours_chunks_or_preemption() -> None:
+    params = [seeded(at % 3) for at in range(len(PROMPTS))]
+    with LLM(tiny("qwen3"), max_batch=1, num_pages=80) as llm:
+        alone = [llm.generate([prompt], one)[0].token_ids for prompt, one in zip(PROMPTS, params, strict=True)]
+    assert len(set(alone)) > len(PROMPTS) / 2
+    for max_batch, num_pages, options in (
+        (4, 200, {}),
+        (17, 200, {"max_prefill_tokens": 3}),
+        (9, 31, {"page_size": 4, "max_seq_len": 64}),
+        (6, 90, {"page_size": 1, "max_prefill_tokens": 11, "prefix_cache": False}),
+    ):
+        with LLM(tiny("qwen3"), max_batch=max_batch, num_pages=num_pages, **options) as llm:
+            order = random.Random(max_batch).sample(range(len(PROMPTS)), len(PROMPTS))
+            outputs = llm.generate([PROMPTS[at] for at in order], [params[at] for at in order])
+            assert [output.token_ids for output in outputs] == [alone[at] for at in order]
+            assert (llm._scheduler.num_preemptions > 0) == (num_pages < 100)
+
+
+def test_a_draw_depends_on_its_position_however_the_tokens_before_it_came() -> None:
+    with LLM(small(), max_batch=4, num_pages=80) as llm:
+        prompt, params = PROMPTS[7], SamplingParams(temperature=3.0, seed=11, max_tokens=20)
+        whole = llm.generate([prompt], params)[0].token_ids
+        for done in (1, 7, 19):
+            assert llm.generate([prompt + whole[:done]], params)[0].token_ids[: 20 - done] == whole[done:]
+
+
+def test_without_a_seed_draws_differ_and_with_one_they_are_the_same() -> None:
+    with LLM(small(), max_batch=4, num_pages=80) as llm:
+        free = [llm.generate([PROMPTS[5]], SamplingParams(max_tokens=20))[0].token_ids for _ in range(2)]
+        bound = [llm.generate([PROMPTS[5]], SamplingParams(max_tokens=20, seed=7))[0].token_ids for _ in range(2)]
+    assert free[0] != free[1]
+    assert bound[0] == bound[1]
+
+
+def test_samples_of_one_prompt_differ_and_come_in_order() -> None:
+    with LLM(small(), max_batch=3, num_pages=80) as llm:
+        outputs = llm.generate([PROMPTS[4], PROMPTS[7]], seeded(3, n=5))
+        assert [(output.request_id, output.index) for output in outputs] == [(i, j) for i in range(2) for j in range(5)]
+        assert len({output.token_ids for output in outputs[:5]}) == 5
+        again = llm.generate([PROMPTS[4], PROMPTS[7]], seeded(3, n=5))
+        assert [output.token_ids for output in outputs] == [output.token_ids for output in again]
+        for output in outputs[5:]:
+            lone = llm.generate([PROMPTS[7]], seeded(derive_seed(3, output.index)))[0]
+            assert output.token_ids == lone.token_ids
+
+
+@pytest.mark.parametrize("field", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"temperature": 1e-6}], ids=str)
+def test_every_filter_reaches_the_draw(field) -> None:
+    with LLM(small(), max_batch=2, num_pages=40) as llm:
+        (output,) = llm.generate([PROMPTS[6]], SamplingParams(max_tokens=20, seed=1, **field))
+        assert output.token_ids == expected("small", PROMPTS[6], 20)
+
+
+def test_repetition_penalty_counts_prompt_and_generated_tokens() -> None:
+    prompts, params = [PROMPTS[4], PROMPTS[-1]], greedy(24, repetition_penalty=1.7)
+    want = [reference(plain("llama"), prompt, 24, repetition_penalty=1.7) for prompt in prompts]
+    assert want != [expected("llama", prompt, 24) for prompt in prompts]
+    with LLM(tiny("llama"), max_batch=2, max_prefill_tokens=9, page_size=4, num_pages=33, max_seq_len=80) as llm:
+        assert [output.token_ids for output in llm.generate(prompts, params)] == want
+
+
+@pytest.mark.parametrize("source", ["model", "tokenizer", "stop_token_ids"])
+def test_end_tokens_end_unless_they_are_ignored_or_come_too_early(source: str) -> None:
+    prompt, whole = PROMPTS[6], expected("llama", PROMPTS[6], 30)
+    at = next(at for at in range(3, 20) if whole[at] not in whole[:at])
+    end, later = whole[at], at + 4
+    model, tokenizer, stops = tiny("llama", eos_token_id=end if source == "model" else None), None, {}
+    if source == "tokenizer":
+        tokenizer = Letters()
+        tokenizer.eos_token_id = end
+    elif source == "stop_token_ids":
+        stops = {"stop_token_ids": [VOCAB - 1, end]}
+    held_off = reference(
+        plain("llama"), prompt, 30, min_new_tokens=later, eos_token_id=[end, *stops.get("stop_token_ids", ())]
+    )
+    assert len(held_off) > later and end not in held_off[:later]
+    with LLM(model, tokenizer=tokenizer, max_batch=4, num_pages=40) as llm:
+        params = [
+            greedy(30, **stops),
+            greedy(30, min_tokens=later, **stops),
+            greedy(at + 1, **stops),
+            greedy(at, **stops),
+            greedy(30, ignore_eos=True),
+        ]
+        ended, later_ended, just, cut, ignored = llm.generate([prompt] * 5, params)
+    assert (ended.token_ids, ended.finish_reason) == (whole[: at + 1], "stop")
+    assert later_ended.token_ids == held_off
+    assert (just.token_ids, just.finish_reason) == (whole[: at + 1], "stop")
+    assert (cut.token_ids, cut.finish_reason) == (whole[:at], "length")
+    assert (ignored.token_ids, ignored.finish_reason) == (whole, "length")
+
+
+def test_an_end_token_outside_the_vocabulary_ends_nothing() -> None:
+    """Some configs name one; below min_tokens it would be banned, and there is nothing to ban."""
+    with LLM(small(eos_token_id=5000), max_batch=2, num_pages=40) as llm:
+        (output,) = llm.generate([PROMPTS[6]], greedy(9, min_tokens=5))
+        assert output.token_ids == expected("small", PROMPTS[6], 9)
+
+
+def test_max_tokens_default_goes_on_to_max_seq_len() -> None:
+    with LLM(small(), max_batch=2, num_pages=40, max_seq_len=31) as llm:
+        outputs = llm.generate([PROMPTS[0], PROMPTS[5]], SamplingParams(temperature=0))
+        assert [len(output.token_ids) for output in outputs] == [30, 25]
+        assert {output.finish_reason for output in outputs} == {"length"}
+        assert len(llm.generate([PROMPTS[5]], greedy(1000))[0].token_ids) == 25
+
+
+@pytest.mark.parametrize("seed", [None, 4], ids=["greedy", "seeded"])
+def test_logprobs_are_the_models_own(seed: int | None) -> None:
+    """Against log_softmax of a teacher-forced forward, through chunks, prefixes and preemption."""
+    drawing = {"temperature": 0.0} if seed is None else {"seed": seed, "top_p": 0.8, "repetition_penalty": 1.3}
+    counts = [at % 4 if at % 5 else None for at in range(len(PROMPTS))]
+    params = [SamplingParams(max_tokens=9, min_tokens=4, logprobs=count, **drawing) for count in counts]
+    with LLM(tiny("qwen2"), max_batch=9, page_size=4, num_pages=19, max_seq_len=60, max_prefill_tokens=13) as llm:
+        outputs = llm.generate(PROMPTS, params)
+        assert llm._scheduler.num_preemptions > 0
+    for output, count in zip(outputs, counts, strict=True):
+        if count is None:
+            assert output.logprobs is None
+            continue
+        assert len(output.logprobs) == len(output.token_ids) == 9
+        ids = torch.tensor([output.prompt_token_ids + output.token_ids])
+        with torch.no_grad():
+            rows = plain("qwen2")(ids).logits[0, len(output.prompt_token_ids) - 1 : -1].log_softmax(-1)
+        for token_id, entry, row in zip(output.token_ids, output.logprobs, rows, strict=True):
+            likely = row.topk(count).indices.tolist()
+            assert set(entry) == {token_id, *likely}
+            assert entry == pytest.approx({one: row[one].item() for one in entry}, abs=1e-6)
+
+
+# Text
+
+
+def test_stop_strings_across_tokens_and_streamed_text() -> None:
+    tokenizer, prompts = Letters(), [prompt for prompt in PROMPTS if len(prompt) > 3]
+    with LLM(tiny("llama"), tokenizer=tokenizer, max_batch=4, num_pages=80) as llm:
+        free = llm.generate(prompts, greedy(30))
+        texts = [output.text for output in free]
+        assert texts == [tokenizer.all(output.token_ids) for output in free]
+        stops = [("never there", text[7:10], text[9:11]) for text in texts]
+        assert all(len(text) > 14 for text in texts)
+        params = [greedy(30, stop=stop) for stop in stops]
+        ended = llm.generate(prompts, params)
+        ids = {llm.add_request(prompt, one): at for at, (prompt, one) in enumerate(zip(prompts, params, strict=True))}
+        streamed = {ids[request_id]: output for request_id, output in finish(llm).items()}
+        for at, (output, whole, text, stop) in enumerate(zip(ended, free, texts, stops, strict=True)):
+            assert output.finish_reason == "stop"
+            assert output.token_ids == whole.token_ids[: len(output.token_ids)]
+            assert output.text == text[: min(text.find(one) for one in stop if one in text)]
+            seen = tokenizer.all(output.token_ids)
+            assert any(one in seen for one in stop)
+            assert not any(one in tokenizer.all(output.token_ids[:-1]).rstrip("\ufffd") for one in stop)
+            assert (streamed[at].token_ids, streamed[at].text) == (output.token_ids, output.text)
+
+
+def test_min_tokens_holds_for_stop_strings() -> None:
+    whole = expected("llama", PROMPTS[6], 30)
+    text = Letters().all(whole)
+    stop = text[1:3]
+    with LLM(tiny("llama"), tokenizer=Letters(), max_batch=2, num_pages=80) as llm:
+        early, late = llm.generate([PROMPTS[6]] * 2, [greedy(30, stop=stop), greedy(30, stop=stop, min_tokens=20)])
+    assert early.text == text[: text.find(stop)]
+    assert len(late.token_ids) >= 20
+    assert late.text.startswith(text[:3])
+
+
+def test_a_streams_deltas_add_up_and_come_as_they_are_drawn() -> None:
+    prompts = [PROMPTS[3], PROMPTS[8], PROMPTS[12]]
+    with LLM(tiny("llama"), tokenizer=Letters(), max_batch=3, num_pages=80) as llm:
+        want = llm.generate(prompts, seeded(2, n=2))
+        stream = llm.generate(prompts, seeded(2, n=2), stream=True)
+        first = next(stream)
+        assert first.output is None and len(first.token_ids) == 1
+        deltas = [first, *stream]
+        assert len(deltas) == sum(len(output.token_ids) for output in want)
+        base = min(delta.request_id for delta in deltas)
+        for output in want:
+            mine = [d for d in deltas if (d.request_id - base, d.index) == (output.request_id, output.index)]
+            assert sum((delta.token_ids for delta in mine), ()) == output.token_ids
+            assert "".join(delta.text for delta in mine) == output.text
+            assert [delta.output is not None for delta in mine] == [False] * (len(mine) - 1) + [True]
+            assert mine[-1].output.text == output.text
+
+
+def test_text_prompts_and_chat() -> None:
+    tokenizer = Letters()
+    with LLM(tiny("llama"), tokenizer=tokenizer, max_batch=3, num_pages=80) as llm:
+        one, two = llm.generate(["Hello", "a b"], greedy(5))
+        assert one.prompt_token_ids == (126, *b"Hello")
+        assert llm.generate("Hello", greedy(5))[0].text == one.text == tokenizer.all(one.token_ids)
+        messages = [{"role": "user", "content": "Hi"}]
+        (answer,) = llm.chat(messages, greedy(5))
+        assert answer.prompt_token_ids == tuple(b"user: Hi\nassistant:")  # the template has the special tokens
+        assert answer.token_ids == expected("llama", answer.prompt_token_ids, 5)
+        both = llm.chat([messages, messages * 2], [greedy(5), greedy(3)])
+        assert both[0].token_ids == answer.token_ids and len(both[1].token_ids) == 3
+        assert "".join(delta.text for delta in llm.chat(messages, greedy(5), stream=True)) == answer.text
+        with pytest.raises(TypeError, match="temperature"):
+            llm.chat(messages, temperature=0)
+
+
+# Requests that come and go
+
+
+def test_a_closed_stream_aborts_what_is_left() -> None:
+    with LLM(small(), max_batch=2, num_pages=80) as llm:
+        other = llm.add_request(PROMPTS[5], greedy(20))
+        stream = llm.generate(PROMPTS[:6], greedy(20), stream=True)
+        for _ in range(9):
+            next(stream)
+        stream.close()
+        llm.pool.check()
+        outputs = finish(llm)
+        assert list(outputs) == [other]
+        assert outputs[other].token_ids == expected("small", PROMPTS[5], 20)
+
+
+def test_generate_leaves_other_requests_and_their_deltas_alone() -> None:
+    with LLM(small(), max_batch=3, num_pages=80) as llm:
+        ids = {llm.add_request(prompt, greedy(17)): prompt for prompt in PROMPTS[3:6]}
+        llm.step()
+        mine = llm.generate(PROMPTS[6:9], greedy(6))
+        assert [output.token_ids for output in mine] == [expected("small", prompt, 6) for prompt in PROMPTS[6:9]]
+        got = defaultdict(tuple)
+        outputs = {}
+        while llm.has_work:
+            for delta in llm.step():
+                got[delta.request_id] += delta.token_ids
+                outputs |= {delta.request_id: delta.output} if delta.output else {}
+        for request_id, prompt in ids.items():
+            whole = expected("small", prompt, 17)
+            assert outputs[request_id].token_ids == whole
+            assert whole[-len(got[request_id]) :] == got[request_id] and len(got[request_id]) >= 16
+
+
+def test_two_streams_and_steps_take_turns() -> None:
+    """Whoever steps, each gets its own deltas; nobody waits for what another one was given."""
+    with LLM(small(), max_batch=8, num_pages=80) as llm:
+        texts = {name: [] for name in ("first", "second", "third")}
+        streams = {
+            "first": llm.generate([PROMPTS[5]], greedy(9), stream=True),
+            "second": llm.generate([PROMPTS[6]], greedy(5), stream=True),
+        }
+        third = llm.add_request(PROMPTS[7], greedy(12))
+        texts["first"] += next(streams["first"]).token_ids
+        texts["second"] += next(streams["second"]).token_ids
+        for delta in streams["first"]:  # runs the second to its end on the way
+            texts["first"] += delta.token_ids
+        while llm.has_work:
+            for delta in llm.step():
+                assert delta.request_id == third
+                texts["third"] += delta.token_ids
+        for delta in streams["second"]:
+            texts["second"] += delta.token_ids
+    want = [expected("small", PROMPTS[at], length) for at, length in ((5, 9), (6, 5), (7, 12))]
+    assert [tuple(tokens) for tokens in texts.values()] == want
+
+
+def test_abort_anywhere_gives_what_there_was() -> None:
+    with LLM(small(), tokenizer=Letters(), max_batch=2, num_pages=80, max_prefill_tokens=10) as llm:
+        running, prefilling, waiting = (llm.add_request(PROMPTS[at], greedy(20, n=2)) for at in (1, 11, 5))
+        for _ in range(4):
+            llm.step()
+        for request_id in (waiting, prefilling, running):
+            llm.abort(request_id)
+        llm.pool.check()
+        assert llm.pool.num_used == 0
+        deltas = llm.step()
+        assert [delta.request_id for delta in deltas] == [waiting] * 2 + [prefilling] * 2 + [running] * 2
+        assert {delta.output.finish_reason for delta in deltas} == {"abort"}
+        assert [len(delta.output.token_ids) for delta in deltas] == [0, 0, 0, 0, 4, 4]
+        assert deltas[-1].output.token_ids == expected("small", PROMPTS[1], 4)
+        assert not llm.has_work and llm.step() == []
+        for gone in (running, 99, "x"):
+            with pytest.raises(InvalidRequestError, match=f"request {gone!r} is not in the engine"):
+                llm.abort(gone)
+
+
+def test_a_streams_request_can_be_aborted_from_outside() -> None:
+    with LLM(small(), max_batch=2, num_pages=80) as llm:
+        deltas = []
+        for delta in llm.generate(PROMPTS[4:6], greedy(12), stream=True):
+            deltas.append(delta)
+            if len(deltas) == 5:
+                llm.abort(0)
+        reasons = {delta.request_id: delta.output.finish_reason for delta in deltas if delta.output}
+        assert reasons == {0: "abort", 1: "length"}
+
+
+def test_timings_and_progress() -> None:
+    with LLM(small(), max_batch=2, num_pages=80, page_size=4) as llm:
+        seen = []
+        outputs = llm.generate(PROMPTS[:5], greedy(4, n=2), progress=lambda done, total: seen.append((done, total)))
+        assert seen == [(done, 10) for done in range(1, 11)]
+        assert all(0 < output.timings.first_token <= output.timings.total for output in outputs)
+        assert llm.generate([SHARED], greedy(1))[0].timings.cached_tokens == 0
+        assert llm.generate([SHARED], greedy(1))[0].timings.cached_tokens == 36
+        llm.add_request(SHARED)
+        llm.abort(11 - 4)
+        (aborted,) = finish(llm).values()
+        assert aborted.timings.first_token is None
+
+
+# Failures
+
+
+class Fault(Exception):
+    pass
+
+
+def failing_at(model: PreTrainedModel, calls: set[int], *, inside: bool) -> Callable[[], None]:
+    """Makes some forwards of the model raise, before they start or when half of their keys are written."""
+    count = 0
+
+    def hook(*_):
+        nonlocal count
+        count += 1
+        if count in calls:
+            raise Fault(count)
+
+    target = model.model.layers[-1] if inside else model
+    return target.register_forward_pre_hook(hook).remove
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["before", "half-way"])
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_a_forward_that_raises_loses_nothing(inside: bool, page_size: int) -> None:
+    model = tiny("llama")
+    with LLM(model, tokenizer=Letters(), max_batch=4, num_pages=1 + 120 // page_size, page_size=page_size) as llm:
+        remove = failing_at(model, {1, 3, 4, 9, 10, 15, 22}, inside=inside)
+        greedy_ids = {llm.add_request(prompt, greedy()): prompt for prompt in PROMPTS}
+        seeded_ids = {llm.add_request(prompt, seeded(1)): prompt for prompt in PROMPTS}
+        outputs, streamed, faults = {}, defaultdict(tuple), 0
+        while llm.has_work:
+            try:
+                deltas = llm.step()
+            except Fault:
+                faults += 1
+                llm.pool.check()
+                continue
+            for delta in deltas:
+                streamed[delta.request_id] += delta.token_ids
+                outputs |= {delta.request_id: delta.output} if delta.output else {}
+        remove()
+        assert faults == 7
+        assert llm.pool.num_used == 0
+        for request_id, prompt in greedy_ids.items():
+            assert streamed[request_id] == outputs[request_id].token_ids == expected("llama", prompt, 12)
+        again = llm.generate(PROMPTS, seeded(1))
+        for request_id, output in zip(seeded_ids, again, strict=True):
+            assert streamed[request_id] == outputs[request_id].token_ids == output.token_ids
+
+
+def test_a_forward_that_raises_in_generate_ends_only_what_it_asked() -> None:
+    model = small()
+    with LLM(model, max_batch=4, num_pages=60) as llm:
+        other = llm.add_request(PROMPTS[7], greedy(9))
+        remove = failing_at(model, {5}, inside=False)
+        with pytest.raises(Fault):
+            llm.generate(PROMPTS[:3], greedy())
+        remove()
+        outputs = finish(llm)
+        assert list(outputs) == [other] and outputs[other].token_ids == expected("small", PROMPTS[7], 9)
+        assert llm.generate([PROMPTS[2]], greedy())[0].token_ids == expected("small", PROMPTS[2], 12)
+
+
+def test_an_interrupt_between_draw_and_delivery_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(small(), max_batch=4, num_pages=60) as llm:
+        ids = {llm.add_request(prompt, greedy()): prompt for prompt in PROMPTS[4:8]}
+        llm.step()
+        accept, calls = llm._engine._accept, []
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            accept(*args)
+
+        monkeypatch.setattr(llm._engine, "_accept", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.step()
+        monkeypatch.undo()
+        outputs = finish(llm, whole=False)
+        assert {i: output.token_ids for i, output in outputs.items()} == {
+            i: expected("small", prompt, 12) for i, prompt in ids.items()
+        }
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": "never there"}], ids=["at-the-end", "while-it-runs"])
+@pytest.mark.parametrize("how", ["generate", "stream", "step"])
+def test_a_tokenizer_that_raises_ends_one_request(how: str, options: dict) -> None:
+    prompts = PROMPTS[3:9]
+    want = [expected("llama", prompt, 12) for prompt in prompts]
+    poison = next(token for token in want[2][2:] if not any(token in other for other in want[:2] + want[3:]))
+    params = greedy(12, **options)
+    with LLM(tiny("llama"), tokenizer=Letters(poison), max_batch=4, num_pages=60) as llm:
+        if how == "step":
+            ids = [llm.add_request(prompt, params) for prompt in prompts]
+            done = finish(llm)
+            outputs = [done[request_id] for request_id in ids]
+        elif how == "stream":
+            last = {d.request_id: d.output for d in llm.generate(prompts, params, stream=True) if d.output}
+            outputs = [last[request_id] for request_id in sorted(last)]
+        else:
+            outputs = llm.generate(prompts, params)
+        assert llm.pool.num_used == 0 and not llm.has_work
+    failed = outputs.pop(2)
+    assert failed.finish_reason == "error" and failed.error == f"KeyError: 'no piece for {poison}'"
+    at = want[2].index(poison)
+    late = how == "generate" and not options
+    assert failed.token_ids == (want[2] if late else want[2][: at + 1])
+    assert Letters().all(failed.token_ids).startswith(failed.text)
+    for output, tokens in zip(outputs, want[:2] + want[3:], strict=True):
+        assert (output.finish_reason, output.error, output.token_ids) == ("length", None, tokens)
+        assert output.text == Letters().all(tokens)
+
+
+def test_bad_requests_are_refused_and_nothing_else_notices() -> None:
+    with LLM(small(), max_batch=4, num_pages=60, max_seq_len=48) as llm:
+        going = {llm.add_request(prompt, greedy()): prompt for prompt in PROMPTS[4:8]}
+        llm.step()
+        for prompt, params, complaint in (
+            ([], None, "the prompt is empty"),
+            ([1, VOCAB], None, "token 128 at position 1: ids go from 0 to 127"),
+            ([-1], None, "token -1 at position 0"),
+            ([1, "a"], None, "neither text nor a sequence of token ids: 'str'"),
+            (None, None, "neither text nor a sequence of token ids: 'NoneType'"),
+            ([1.5], None, "neither text nor a sequence of token ids: 'float'"),
+            ([1] * 48, None, "48 tokens, max_seq_len is 48: there is no room"),
+            ("text", None, "the prompt is text and there is no tokenizer"),
+            ([1], greedy(stop="x"), "stop strings need a tokenizer; use stop_token_ids"),
+            ([1], greedy(stop_token_ids=[3, 400]), "stop_token_ids of the prompt has 400 at position 1"),
+            ([1], {"temperature": 0}, "the params of the prompt are a dict: give SamplingParams"),
+        ):
+            with pytest.raises(InvalidRequestError, match=complaint):
+                llm.add_request(prompt, params)
+            for call in (llm.generate, functools.partial(llm.generate, stream=True)):
+                with pytest.raises(InvalidRequestError, match=complaint.replace("the prompt", "prompt 1")):
+                    call([[1], prompt], [None, params])
+        with pytest.raises(InvalidRequestError, match="2 SamplingParams for 1 prompts: give one, or one each"):
+            llm.generate([[1]], [greedy(), greedy()])
+        with pytest.raises(InvalidRequestError, match="the prompts are neither text nor a sequence"):
+            llm.generate(3)
+        with pytest.raises(InvalidRequestError, match="chat needs a tokenizer with a chat template"):
+            llm.chat([{"role": "user", "content": "Hi"}])
+        with pytest.raises(TypeError, match="max_token"):
+            llm.generate([[1]], max_token=3)
+        outputs = finish(llm, whole=False)
+        assert {i: output.token_ids for i, output in outputs.items()} == {
+            i: expected("small", prompt, 12) for i, prompt in going.items()
+        }
+        assert llm.generate([]) == []
+
+
+def test_ids_may_be_any_integers() -> None:
+    import numpy as np
+
+    with LLM(small(), max_batch=2, num_pages=40) as llm:
+        want = expected("small", PROMPTS[5], 4)
+        for prompts in (PROMPTS[5], np.array(PROMPTS[5]), [torch.tensor(PROMPTS[5])], torch.tensor([PROMPTS[5]])):
+            assert [output.token_ids for output in llm.generate(prompts, greedy(4))] == [want]
+
+
+def test_a_request_the_whole_cache_cannot_hold_is_refused_before_it_runs() -> None:
+    with LLM(small(), max_batch=2, num_pages=6, page_size=4) as llm:
+        assert llm.max_seq_len == 20
+        with pytest.raises(
+            OutOfPagesError, match="has 20 tokens and needs 6 pages to generate one more, the cache has 5"
+        ):
+            llm.add_request([1] * 20)
+        with pytest.raises(InvalidRequestError, match="513 tokens, max_seq_len is 512"):
+            llm.add_request([1] * 513)
+        (output,) = llm.generate([[1] * 19], greedy())
+        assert (len(output.token_ids), output.finish_reason) == (1, "length")
+
+
+def test_pages_held_outside_the_engine_are_named() -> None:
+    with LLM(small(), max_batch=2, num_pages=6, page_size=4) as llm:
+        held = llm.pool.allocate(4)
+        request_id = llm.add_request(PROMPTS[5], greedy(4))
+        with pytest.raises(OutOfPagesError, match="release the pages taken from this pool outside the engine"):
+            llm.step()
+        llm.pool.release(held)
+        assert finish(llm)[request_id].token_ids == expected("small", PROMPTS[5], 4)
+
+
+# Making and closing an engine
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "complaint"),
+    [
+        ({"max_batch": 0}, InvalidArgumentError, "max_batch=0"),
+        ({"max_seq_len": 0}, InvalidArgumentError, "max_seq_len=0"),
+        ({"max_seq_len": 513}, InvalidArgumentError, "max_seq_len=513: the model's positions end at 512"),
+        ({"max_prefill_tokens": 0}, InvalidArgumentError, "max_prefill_tokens=0"),
+        ({"page_size": 0}, InvalidArgumentError, "page_size=0"),
+        ({"num_pages": 1}, InvalidArgumentError, "num_pages=1"),
+        ({"num_pages": 4, "max_seq_len": 64}, OutOfPagesError, "max_seq_len=64 needs 4 pages, the cache has 3"),
+        ({"num_pages": 9, "kv_bytes": 1 << 20}, InvalidArgumentError, "num_pages=9 and kv_bytes=1048576: give one"),
+        ({"kv_bytes": 100}, InvalidArgumentError, "fewer than 2 pages"),
+        ({"backend": "flashinfer"}, BackendError, "it needs a CUDA device, this is cpu"),
+        ({"backend": "flash"}, InvalidArgumentError, "backend='flash': choose auto, flashinfer or reference"),
+        ({"capture": "some"}, InvalidArgumentError, "capture='some': choose all or lazy"),
+        ({"compile": "yes"}, InvalidArgumentError, "compile='yes'"),
+        ({"buckets": [300]}, InvalidArgumentError, "bucket 300 is larger than max_batch=256"),
+        ({"device": "cpu"}, InvalidArgumentError, "this model is loaded"),
+        ({"gpu_memory_utilization": 0.9}, TypeError, "gpu_memory_utilization"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_named_and_leave_the_model_alone(options, error, complaint) -> None:
+    model = small()
+    config, modules = model.config, list(model.modules())
+    with pytest.raises(error, match=complaint):
+        LLM(model, **({"num_pages": 40} | options if "kv_bytes" not in options else options))
+    assert model.config is config and list(model.modules()) == modules
+    assert reference(model, PROMPTS[5], 4) == expected("small", PROMPTS[5], 4)
+
+
+def test_cuda_without_flashinfer_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphattn.backends.flashinfer.find_spec", lambda name: None)
+    spec, cache = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=64), CacheSpec(num_pages=9)
+    with pytest.raises(BackendError, match=r"(?s)not installed: pip install .*reference: can serve it"):
+        choose_backend("auto", spec, cache, torch.device("cuda"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there_is_named_before_anything_is_loaded(tmp_path) -> None:
+    with pytest.raises(InvalidArgumentError, match="device='cuda': torch .* sees no CUDA device"):
+        LLM(tmp_path, device="cuda")
+
+
+def test_two_engines_interleave() -> None:
+    texts = {family: [expected(family, prompt, 12) for prompt in PROMPTS] for family in ("llama", "qwen3")}
+    options = {"max_batch": 9, "num_pages": 20, "page_size": 4, "max_seq_len": 64, "max_prefill_tokens": 16}
+    with LLM(tiny("llama"), **options) as first, LLM(tiny("qwen3"), **options) as second:
+        outputs = {"llama": {}, "qwen3": {}}
+        for prompt in PROMPTS:
+            first.add_request(prompt, greedy())
+            second.add_request(prompt, greedy())
+        while first.has_work or second.has_work:
+            for family, llm in (("llama", first), ("qwen3", second), ("qwen3", second)):
+                outputs[family] |= {delta.request_id: delta.output for delta in llm.step() if delta.output}
+        assert first._scheduler.num_preemptions > 0
+    for family, done in outputs.items():
+        assert [done[request_id].token_ids for request_id in sorted(done)] == texts[family]
+
+
+def test_an_engine_and_an_attached_model_interleave() -> None:
+    attached = tiny("qwen3")
+    with attach(attached, page_size=4), LLM(tiny("llama"), max_batch=4, num_pages=60, page_size=4) as llm:
+        ids = {llm.add_request(prompt, greedy()): prompt for prompt in PROMPTS[3:9]}
+        outputs = {}
+        for prompt in PROMPTS[6:12]:
+            outputs |= {delta.request_id: delta.output for delta in llm.step() if delta.output}
+            assert reference(attached, prompt, 12) == expected("qwen3", prompt, 12)
+        outputs |= finish(llm, whole=False)
+        assert {i: o.token_ids for i, o in outputs.items()} == {i: expected("llama", p, 12) for i, p in ids.items()}
+    assert reference(attached, PROMPTS[5], 12) == expected("qwen3", PROMPTS[5], 12)
+
+
+def test_one_model_cannot_be_in_two_engines() -> None:
+    model = small()
+    with LLM(model, max_batch=2, num_pages=40) as llm:
+        with pytest.raises(UnsupportedModelError, match="attached already: detach it first"):
+            LLM(model, max_batch=2, num_pages=40)
+        assert llm.generate([PROMPTS[5]], greedy(4))[0].token_ids == expected("small", PROMPTS[5], 4)
+
+
+def test_new_weights_change_results_and_drop_prefixes() -> None:
+    other, prompt = small(seed=8), PROMPTS[-1]
+    want = {name: reference(model, prompt, 12) for name, model in (("old", small()), ("new", small(seed=8)))}
+    assert want["old"] != want["new"]
+    with LLM(small(), max_batch=4, num_pages=60, page_size=4) as llm:
+        assert llm.generate([prompt], greedy())[0].token_ids == want["old"]
+        addresses = [weight.data_ptr() for weight in llm.model.parameters()]
+        llm.load_weights(other.state_dict().items())
+        assert [weight.data_ptr() for weight in llm.model.parameters()] == addresses
+        assert llm.pool.num_cached == 0
+        (output,) = llm.generate([prompt], greedy())
+        assert (output.token_ids, output.timings.cached_tokens) == (want["new"], 0)
+        llm.load_weights((name, weight.float()) for name, weight in small().state_dict().items())
+        with pytest.raises(InvalidArgumentError, match="weight 'model.norm.bias': the model has none of that name"):
+            llm.load_weights({"model.norm.bias": torch.zeros(16)}.items())
+        with pytest.raises(
+            InvalidArgumentError, match=r"weight 'model.norm.weight' is \(17,\), the model's is \(16,\)"
+        ):
+            llm.load_weights([("model.norm.weight", torch.ones(17))])
+
+
+def test_new_weights_reach_requests_that_run() -> None:
+    """From then on they are what the new weights make of the tokens so far, with nothing of the old in the cache."""
+    other, prompt = small(seed=8), PROMPTS[-1]
+    with LLM(small(), max_batch=4, num_pages=60, page_size=4) as llm:
+        request_id = llm.add_request(prompt, greedy())
+        for _ in range(5):
+            llm.step()
+        llm.load_weights(other.state_dict().items())
+        outputs = finish(llm, whole=False)
+    before = expected("small", prompt, 5)
+    assert outputs[request_id].token_ids == before + reference(other, prompt + before, 7)
+
+
+def test_close_restores_the_model_and_ends_what_runs() -> None:
+    model = small()
+    config, modules = model.config, list(model.modules())
+    llm = LLM(model, max_batch=2, num_pages=40)
+    stream = llm.generate([PROMPTS[4]], greedy(), stream=True)
+    next(stream)
+    request_id = llm.add_request(PROMPTS[5], greedy())
+    llm.step()
+    assert model.config is not config
+    llm.close()
+    llm.close()
+    assert model.config is config and list(model.modules()) == modules
+    assert llm.pool.num_used == 0
+    assert llm._executor.cache.num_bytes == 0
+    assert [delta.output.finish_reason for delta in stream if delta.output] == ["abort"]
+    assert {i: output.finish_reason for i, output in finish(llm, whole=False).items()} == {request_id: "abort"}
+    for call in (lambda: llm.add_request([1]), lambda: llm.generate([[1]])):
+        with pytest.raises(InvalidRequestError, match="the engine is closed: make a new LLM"):
+            call()
+    assert reference(model, PROMPTS[5], 12) == expected("small", PROMPTS[5], 12)
+    with LLM(model, max_batch=2, num_pages=40) as again:
+        assert again.generate([PROMPTS[5]], greedy())[0].token_ids == expected("small", PROMPTS[5], 12)
+    assert model.config is config
+
+
+def test_leaving_the_context_restores_the_model_after_an_error() -> None:
+    model = small()
+    config = model.config
+    with pytest.raises(Fault), LLM(model, max_batch=2, num_pages=40) as llm:
+        llm.add_request([1])
+        raise Fault
+    assert model.config is config
+
+
+def test_explain_says_what_is_in_force() -> None:
+    with LLM(small(), max_batch=6, num_pages=25, page_size=4, max_seq_len=64) as llm:
+        llm.generate(PROMPTS, greedy())
+        lines = dict(line.split(maxsplit=1) for line in llm.explain().splitlines())
+        run_steps, scheduler = llm._executor.runner.counts["eager"], llm._scheduler
+        assert lines["decode"] == "eager (no CUDA graphs), not compiled"
+        assert lines["backend"] == "reference on cpu"
+        assert lines["layers"].startswith("1 x AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=8")
+        steps_at = dict(re.findall(r"(\d+) \((\d+) steps\)", lines["buckets"]))
+        assert list(steps_at) == ["1", "2", "4", "6"] and sum(map(int, steps_at.values())) == run_steps
+        assert lines["pages"] == f"24 of 4 tokens, 0 in use, {llm.pool.num_cached} cached; max_seq_len 64"
+        assert lines["steps"].startswith(f"0 replayed, {run_steps} eager, 0 stopped by the plan guard; ")
+        assert f"{scheduler.num_preemptions} preemptions, {llm.pool.num_hits} tokens" in lines["steps"]
+        assert run_steps > 0 and scheduler.num_preemptions > 0 and llm.pool.num_hits > 0
+
+
+def test_ledger_counts_weights_pages_and_buffers() -> None:
+    model = small()
+    with LLM(model, max_batch=6, num_pages=25, page_size=4) as llm:
+        lines = {line.name: line.bytes for line in llm.ledger().lines}
+        buffers = {buffer.data_ptr(): buffer.nbytes for buffer in plain("small").buffers()}
+        assert lines["weights"] == sum(weight.nbytes for weight in model.parameters()) + sum(buffers.values())
+        assert lines["KV pages"] == 25 * 4 * 2 * 8 * 8  # pages, slots, keys and values, width, float64
+        assert lines["step buffers"] > 6 * VOCAB * 8
+        assert "KV pages" in str(llm.ledger())
+
+
+def test_kv_bytes_and_free_memory_size_the_cache() -> None:
+    page_bytes = 16 * 2 * 8 * 8
+    with LLM(small(), max_batch=2, kv_bytes=10 * page_bytes + 5) as llm:
+        assert llm.pool.num_pages == 10
+    with LLM(small(), max_batch=3, max_seq_len=40) as llm:
+        assert llm.pool.num_usable == 3 * 3
+    with LLM(small(), max_batch=3) as llm:
+        assert (llm.pool.num_usable, llm.max_seq_len) == (3 * 32, 512)
+
+
+def test_loading_and_capturing_report_progress() -> None:
+    seen = []
+    with LLM(small(), max_batch=4, num_pages=40, progress=lambda *args: seen.append(args)):
+        assert seen == [("load", 0, 1), ("load", 1, 1), *(("capture", done, 3) for done in (1, 2, 3))]

@@ -182,3 +182,28 @@ def test_transformers_step_compiles_twice(family: str) -> None:
         torch.testing.assert_close(logits, plain_logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(ids, logits.argmax(-1))
     assert compiled.num_compiles == 2
+
+
+def test_compiled_models_do_not_share_dynamos_limit_and_go_when_dropped(monkeypatch) -> None:
+    """More models than Dynamo keeps graphs for one piece of code; compilation itself is left out."""
+    import gc
+    import weakref
+
+    import torch._inductor.compile_fx
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", lambda graph, inputs: graph.forward)
+    torch._dynamo.reset()
+    alive = []
+    for _ in range(6):
+        binding = Binding(tiny("llama", dtype=torch.float32, num_layers=1))
+        cache = CacheSpec(num_pages=8, dtype=torch.float32)
+        binding.bind(KVCache(1, binding.spec, cache, "cpu"))
+        state = StepState(max_batch=2, max_seq_len=16, page_size=16, groups=[binding.spec], device="cpu")
+        step = ModelStep(binding.model, compile=True)
+        list(steps(step, state, Planner([binding.spec], cache, "cpu"), PagePool(8), (2, 1)))
+        assert step.num_compiles == 2
+        alive.append(weakref.ref(binding.model))
+        binding.detach()
+        del binding, step
+        gc.collect()
+    assert sum(model() is not None for model in alive) <= 1

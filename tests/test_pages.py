@@ -267,7 +267,7 @@ def test_imports_no_torch():
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
-    assert {name for name in names if name.split(".")[0] not in sys.stdlib_module_names} == {"graphattn.errors"}
+    assert {name for name in names if name.split(".")[0] not in sys.stdlib_module_names} == {"errors"}
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from rich.table import Table
 from graphattn import LLM, SamplingParams
 
 SCHEMA_VERSION = 1
+PREFILL_TOKENS = 8192  # prompt tokens a step, LLM's default
 WARM_TOKENS = 16  # tokens of each row before timing starts
 console = Console(highlight=False, stderr=True)
 
@@ -99,23 +100,32 @@ def accuracy(shape: Path, dtype: torch.dtype, device: str, options: dict) -> dic
     }
 
 
+def tokens_each(batch: int, context: int, tokens: int) -> int:
+    """Tokens that let every request decode on while others are prefilled, and then through all timed steps."""
+    return WARM_TOKENS + tokens + -(-batch * context // PREFILL_TOKENS) + 8
+
+
 def decode(llm: LLM, batch: int, context: int, tokens: int) -> list[float]:
-    """Seconds of each decode step of `batch` requests, between their output tokens `WARM_TOKENS` and the last."""
+    """Seconds of `tokens` steps in which all of `batch` requests decode, each beyond its token `WARM_TOKENS`."""
     vocab = llm.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(batch)
-    params = SamplingParams(temperature=0, max_tokens=WARM_TOKENS + tokens, ignore_eos=True)
-    for _ in range(batch):
-        llm.add_request(torch.randint(0, vocab, (context,), generator=generator).tolist(), params)
+    params = SamplingParams(temperature=0, max_tokens=tokens_each(batch, context, tokens), ignore_eos=True)
+    requests = [
+        llm.add_request(torch.randint(0, vocab, (context,), generator=generator).tolist(), params) for _ in range(batch)
+    ]
     counts: dict[int, int] = {}
     times = []
-    while llm.has_work:
+    while len(times) < tokens:
         started = time.perf_counter()
         deltas = llm.step()
         seconds = time.perf_counter() - started
         for delta in deltas:
             counts[delta.request_id] = counts.get(delta.request_id, 0) + len(delta.token_ids)
-        if len(counts) == batch and min(counts.values()) > WARM_TOKENS:
+        if len(deltas) == batch and min(counts.values()) > WARM_TOKENS:
             times.append(seconds)
+    for request_id in requests:
+        llm.abort(request_id)
+    llm.step()
     return times
 
 
@@ -190,7 +200,15 @@ def main(
         raise typer.Exit(1)
     model = random_model(shape, dtype, device)
     started = time.perf_counter()
-    llm = LLM(model, max_batch=max(sizes), max_seq_len=context + WARM_TOKENS + tokens, buckets=sizes, **options)
+    llm = LLM(
+        model,
+        max_batch=max(sizes),
+        max_seq_len=context + tokens_each(max(sizes), context, tokens),
+        buckets=sizes,
+        max_prefill_tokens=PREFILL_TOKENS,
+        prefix_cache=False,
+        **options,
+    )
     start_seconds = time.perf_counter() - started
     rows = []
     table = Table("batch", "step ms p20", "p50", "p80", "tokens/s", "bytes / copy rate, ms", "share of that rate")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from ..spec import CacheSpec
 from ..state import StepState
 from .request import Request
 from .scheduler import Chunk
-from .step import ModelStep
+from .step import ModelStep, last_logits
 
 Drawn = list[tuple[Request, int, dict[int, float] | None]]
 
@@ -60,7 +59,6 @@ class Executor:
             self.step, self.state, self.planner, ladder=ladder, enforce_eager=enforce_eager, capture=capture
         )
         self._prefill_plan = self.planner.prefill()
-        self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._weights = [
             (tensors, name)
             for module in self.model.modules()
@@ -68,6 +66,9 @@ class Executor:
             for tensors in (module._parameters, module._buffers)
             for name, tensor in tensors.items()
             if tensor is not None
+        ]
+        self._children = [
+            (module._modules, name, child) for module in self.model.modules() for name, child in module._modules.items()
         ]
         self._addresses = self._read_addresses()
         self._copied = torch.cuda.Event() if self.device.type == "cuda" else None
@@ -94,7 +95,7 @@ class Executor:
             last = batch.qo_indptr_B1[-1:].long() - 1  # its logits are computed for nobody
         self._prefill_plan.plan(batch)
         with torch.no_grad(), active_plans(self._prefill_plan.groups):
-            logits_RV = self._last_logits(batch.token_ids_N, batch.positions_N, self._upload(last))
+            logits_RV = last_logits(self.model, batch.token_ids_N, batch.positions_N, self._upload(last))
         for chunk in chunks:
             chunk.request.computed(chunk.num_tokens)
         drawn = [chunk.request for chunk in chunks if chunk.request.num_pending == 0]
@@ -114,10 +115,10 @@ class Executor:
         return self._fetch(sample(logits_BV, [request.row() for request in requests]), requests)
 
     @torch.no_grad()
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Copies named tensors into the model's own, whose addresses captured graphs hold."""
         own = self.model.state_dict()
-        for name, tensor in weights:
+        for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
             if name not in own:
                 raise InvalidArgumentError(f"weight {name!r}: the model has none of that name")
             if own[name].shape != tensor.shape:
@@ -128,9 +129,12 @@ class Executor:
 
     def check_weights(self) -> None:
         """Raises CaptureError if a weight no longer lies where captured steps read it."""
-        if self.runner.uses_graphs and self._addresses != self._read_addresses():
+        if not self.runner.uses_graphs:
+            return
+        replaced = any(children.get(name) is not child for children, name, child in self._children)
+        if replaced or self._addresses != self._read_addresses():
             raise CaptureError(
-                "a weight was moved or reassigned after capture, so captured steps would read the old one; "
+                "a weight was moved or a module reassigned after capture, so captured steps would read the old one; "
                 "update weights in place with llm.load_weights(...), or make a new LLM"
             )
 
@@ -152,12 +156,6 @@ class Executor:
     def _read_addresses(self) -> list[int]:
         return [tensors[name].data_ptr() for tensors, name in self._weights]
 
-    def _last_logits(self, token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor) -> Tensor:
-        inputs = {"input_ids": token_ids_N[None], "position_ids": positions_N[None], "use_cache": False}
-        if self._keeps_logits:
-            return self.model(**inputs, logits_to_keep=last_R).logits[0]
-        return self.model(**inputs).logits[0, last_R]
-
     def _upload(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
@@ -168,7 +166,7 @@ class Executor:
         device = (sampled.token_ids, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
         host = [None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in device]
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self.device))
             self._copied.synchronize()
         token_ids, own, top_ids, top = (None if tensor is None else tensor.tolist() for tensor in host)
         drawn: Drawn = []

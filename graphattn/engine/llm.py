@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from ..hf.binding import Binding
 from ..hf.load import end_token_ids, load_model
 from ..memory import Ledger, ledger
 from ..pages import PagePool
+from ..plan import BACKENDS
+from ..runner import CAPTURE_MODES
 from ..sampling import SamplingParams
 from .engine import Engine
 from .executor import Executor
@@ -92,6 +94,10 @@ class LLM:
                 raise InvalidArgumentError(f"{name}={value}: it must be at least 1")
         if compile not in (True, False, "auto"):
             raise InvalidArgumentError(f"compile={compile!r}: choose True, False or 'auto'")
+        if capture not in CAPTURE_MODES:
+            raise InvalidArgumentError(f"capture={capture!r}: choose {' or '.join(CAPTURE_MODES)}")
+        if backend != "auto" and backend not in BACKENDS:
+            raise InvalidArgumentError(f"backend={backend!r}: choose auto, {' or '.join(BACKENDS)}")
         if num_pages is not None and kv_bytes is not None:
             raise InvalidArgumentError(f"num_pages={num_pages} and kv_bytes={kv_bytes}: give one of them")
         progress = progress or (lambda stage, done, total: None)
@@ -103,8 +109,8 @@ class LLM:
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             if device.type == "cuda" and not torch.cuda.is_available():
                 raise InvalidArgumentError(f"device={str(device)!r}: torch {torch.__version__} sees no CUDA device")
-            model, loaded = load_model(model, dtype=dtype, device=device)
-            tokenizer = loaded if tokenizer is None else tokenizer
+            model, loaded = load_model(model, dtype=dtype, device=device, with_tokenizer=tokenizer is None)
+            tokenizer = tokenizer or loaded
         progress("load", 1, 1)
         binding = Binding(model)
         try:
@@ -116,6 +122,7 @@ class LLM:
                 kv_bytes=kv_bytes,
                 memory_fraction=memory_fraction,
                 max_batch=max_batch,
+                max_prefill_tokens=max_prefill_tokens,
                 limit=limit,
             )
             if max_seq_len is not None:
@@ -233,7 +240,7 @@ class LLM:
         """
         self._engine.abort(request_id)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Copies named tensors into the model in place, so that captured steps read them, and forgets cached prefixes.
 
         Requests that run keep their tokens; their keys and values are computed anew.
@@ -251,6 +258,7 @@ class LLM:
         """What is in force: mode, backend, rope, ladder, pages, and how steps have run."""
         run, step, planner = self._executor.runner, self._executor.step, self._executor.planner
         spec, counts = self._executor.binding.spec, run.counts
+        buckets = ", ".join(f"{bucket} ({count} steps)" for bucket, count in run.bucket_steps().items())
         mode = "captured in CUDA graphs" if run.uses_graphs else "eager (no CUDA graphs)"
         compiled = f"compiled, {step.num_compiles} graphs" if step.compile else "not compiled"
         return "\n".join(
@@ -260,7 +268,7 @@ class LLM:
                 f"backend     {', '.join(backend.name for backend in planner.backends)} on {self._executor.device}",
                 f"layers      {len(self._executor.binding.layers)} x {spec}",
                 "rope        applied by the model, outside the op",
-                f"buckets     {', '.join(f'{bucket} ({run.steps[bucket]} steps)' for bucket in run.ladder)}",
+                f"buckets     {buckets}; {run.ladder.waste(run.rows):.0%} of the rows computed were padding",
                 f"pages       {self.pool.num_usable} of {self.pool.page_size} tokens, {self.pool.num_used} in use, "
                 f"{self.pool.num_cached} cached; max_seq_len {self.max_seq_len}",
                 f"steps       {counts['replay']} replayed, {counts['eager']} eager, {counts['guard']} stopped by the "

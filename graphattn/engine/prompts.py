@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from operator import index
 
@@ -31,6 +31,7 @@ class PromptReader:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Checked]:
         """Reads one prompt or several, with parameters for all or one each."""
+        _refuse_kind("the prompts", prompts)
         try:
             listed = [prompts] if isinstance(prompts, str) else list(prompts)
         except TypeError as error:
@@ -53,6 +54,7 @@ class PromptReader:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(f"the params of {name} are a {type(params).__name__}: give SamplingParams")
+        _refuse_kind(name, prompt)
         try:
             ids = tuple(map(index, self._encode(prompt, name) if isinstance(prompt, str) else prompt))
         except TypeError as error:
@@ -82,7 +84,13 @@ class PromptReader:
         """
         if self._tokenizer is None or not getattr(self._tokenizer, "chat_template", None):
             raise InvalidRequestError("chat needs a tokenizer with a chat template: pass tokenizer=, or use generate")
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        one = isinstance(messages, Sequence) and messages and isinstance(messages[0], Mapping)
+        conversations = [messages] if one else messages
+        if isinstance(messages, (str, Mapping)) or not all(map(_is_conversation, conversations)):
+            raise InvalidRequestError(
+                'chat takes messages like [{"role": "user", "content": "..."}], or a list of such lists; text goes to '
+                "generate"
+            )
         options = {"add_generation_prompt": True, "tokenize": False}
         texts = [self._tokenizer.apply_chat_template(conversation, **options) for conversation in conversations]
         return [self._encode(text, "the conversation", add_special_tokens=False) for text in texts]
@@ -98,3 +106,14 @@ class PromptReader:
                 raise InvalidRequestError(
                     f"{what} {token_id} at position {position}: ids go from 0 to {self._vocab_size - 1}"
                 )
+
+
+def _is_conversation(messages: object) -> bool:
+    return isinstance(messages, Sequence) and all(isinstance(message, Mapping) for message in messages)
+
+
+def _refuse_kind(name: str, prompt: object) -> None:
+    """Raises InvalidRequestError for what can be iterated and is no prompt: its items would pass for one."""
+    if isinstance(prompt, (Mapping, bytes, bytearray, set, frozenset)):
+        kind = type(prompt).__name__
+        raise InvalidRequestError(f"{name}: a {kind} is neither text nor token ids; pass a str or a list of ints")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
@@ -102,7 +103,7 @@ class Request:
     text: TextStream | None
     streams: bool
     outbox: deque[Delta]
-    tokens: list[int] = field(default_factory=list)
+    tokens: array = field(default_factory=lambda: array("q"))
     num_computed: int = 0
     logprobs: list[dict[int, float]] = field(default_factory=list)
     arrived: float = field(default_factory=time.perf_counter)
@@ -111,7 +112,7 @@ class Request:
     preemptions: int = 0
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.prompt)
+        self.tokens = array("q", self.prompt)  # sampling reads it each step, and a list costs its length
 
     @property
     def num_generated(self) -> int:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from ..cache import KVCache
 from ..errors import InvalidArgumentError, OutOfPagesError
 from ..hf.binding import Binding
 from ..hf.load import max_positions
 from ..memory import pages_that_fit, read_meters
+from ..ops import active_plans
 from ..spec import CacheSpec
+from .step import last_logits
 
 
 def length_limit(binding: Binding, max_seq_len: int | None) -> int | None:
@@ -29,12 +35,14 @@ def cache_spec(
     kv_bytes: int | None,
     memory_fraction: float,
     max_batch: int,
+    max_prefill_tokens: int,
     limit: int | None,
 ) -> CacheSpec:
-    """The pages asked for, what `kv_bytes` holds, or a share of what is free.
+    """The pages asked for, what `kv_bytes` holds, or a share of what is free beside the activations of a prefill.
 
     Args:
         max_batch, limit: of the free memory no more is taken than so many requests of that length can use.
+        max_prefill_tokens: tokens of the prefill whose activations are measured, on CUDA.
 
     Raises:
         InvalidArgumentError: too little for one page beside the null page.
@@ -46,11 +54,40 @@ def cache_spec(
         if kv_bytes is not None:
             num_pages = pages_that_fit(page_bytes=page_bytes, kv_bytes=kv_bytes)
         else:
-            free = read_meters(binding.model.device).free
-            num_pages = pages_that_fit(page_bytes=page_bytes, free=free, memory_fraction=memory_fraction)
+            reserve = 0
+            if binding.model.device.type == "cuda":
+                reserve = _activation_bytes(binding, smallest, max_prefill_tokens, max_batch, limit)
+            num_pages = pages_that_fit(
+                page_bytes=page_bytes,
+                free=read_meters(binding.model.device).free,
+                memory_fraction=memory_fraction,
+                reserve=reserve,
+            )
             if limit is not None:
                 num_pages = min(num_pages, 1 + max_batch * -(-limit // page_size))
     return CacheSpec(num_pages=num_pages, page_size=page_size, dtype=dtype)
+
+
+class _Nothing:
+    """A plan under which attention gives zeros, to run a model that has no pages yet."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        return q.new_zeros(q.shape)
+
+
+def _activation_bytes(binding: Binding, smallest: CacheSpec, num_tokens: int, num_rows: int, limit: int | None) -> int:
+    """The most that a prefill of `num_tokens` holds at once beside weights and cache, measured, and the logits of
+    `num_rows` decoding rows twice: as computed, and in the buffer that all buckets share."""
+    model = binding.model
+    binding.bind(KVCache(len(binding.layers), binding.spec, smallest, model.device))
+    ids = torch.zeros(num_tokens, dtype=torch.int32, device=model.device)
+    positions = torch.arange(num_tokens, dtype=torch.int32, device=model.device) % (limit or num_tokens)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    with torch.no_grad(), active_plans([_Nothing()]):
+        logits_RV = last_logits(model, ids, positions, positions[:num_rows].long())
+    row_bytes = logits_RV[0].nbytes
+    return torch.cuda.max_memory_allocated(model.device) - before + 2 * num_rows * row_bytes
 
 
 def check_room(cache: CacheSpec, max_seq_len: int) -> None:

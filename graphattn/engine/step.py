@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+
 import torch
 from torch import Tensor, nn
 
@@ -12,14 +16,17 @@ class ModelStep:
     Args:
         model: the model, its attention on graphattn's layer.
         compile: compile with Inductor, `fullgraph=True`: once for batch 1 and once for every size from 2.
-
-    Attributes:
-        num_compiles: graphs compiled so far.
     """
 
     def __init__(self, model: nn.Module, *, compile: bool):
-        self.model, self.compile, self.num_compiles = model, compile, 0
-        self._forward = torch.compile(self._plain, fullgraph=True, backend=self._counted) if compile else self._plain
+        self.compile = compile
+        self._graphs: list[str] = []
+        self._forward = _compiled(model, self._graphs) if compile else _step_of(model)
+
+    @property
+    def num_compiles(self) -> int:
+        """Graphs compiled so far."""
+        return len(self._graphs)
 
     def __call__(self, token_ids_B: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor]:
         """Returns logits `[B, vocabulary]` and their argmax `[B]`."""
@@ -28,13 +35,33 @@ class ModelStep:
             torch._dynamo.mark_dynamic(positions_B, 0)
         return self._forward(token_ids_B, positions_B)
 
-    def _plain(self, token_ids_B: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.model(input_ids=token_ids_B[None], position_ids=positions_B[None], use_cache=False)
+
+def last_logits(model: nn.Module, token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor) -> Tensor:
+    """Logits after tokens `last_R` of a packed row, `[R, vocabulary]`."""
+    inputs = {"input_ids": token_ids_N[None], "position_ids": positions_N[None], "use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**inputs, logits_to_keep=last_R).logits[0]
+    return model(**inputs).logits[0, last_R]
+
+
+def _step_of(model: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def step(token_ids_B: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor]:
+        output = model(input_ids=token_ids_B[None], position_ids=positions_B[None], use_cache=False)
         logits_BV = output.logits[0]
         return logits_BV, logits_BV.argmax(-1)
 
-    def _counted(self, graph: torch.fx.GraphModule, inputs: list):
+    return step
+
+
+def _compiled(model: nn.Module, graphs: list[str]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def backend(graph: torch.fx.GraphModule, inputs: list):
         from torch._inductor.compile_fx import compile_fx
 
-        self.num_compiles += 1
+        graphs.append(f"{len(graph.graph.nodes)} nodes")
         return compile_fx(graph, inputs)
+
+    step = _step_of(model)
+    # Dynamo keeps what it compiled with the code object, for as long as that lives and up to a limit. Models share no
+    # code object this way, so each has the limit to itself and takes its graphs along when it goes.
+    own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
+    return torch.compile(own, fullgraph=True, backend=backend)

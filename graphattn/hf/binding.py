@@ -55,7 +55,9 @@ class Binding:
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedModelError(f"{type(model).__name__} is no transformers PreTrainedModel")
         if any(hasattr(module, LAYER) for module in model.modules()):
-            raise UnsupportedModelError(f"{type(model).__name__} is attached already: detach it first")
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is attached already: detach it first (an LLM does in close())"
+            )
         refuse_config(model)
         self.model = model
         self._configs = _private_configs(model)

@@ -13,13 +13,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from ..errors import ModelFileError
 
 GGUF_MAGIC = b"GGUF"
+TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.tiktoken")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graphattn"
 
 
 def load_model(
-    source: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a decoder in eval mode and its tokenizer.
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    with_tokenizer: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Loads a decoder in eval mode and its tokenizer; None for that where the folder has none.
 
     A GGUF file is dequantised and converted once into `~/.cache/graphattn`, then read from there.
 
@@ -27,6 +32,7 @@ def load_model(
         source: a folder with `config.json`, a `.gguf` file, or a name on the hub.
         dtype: of the weights; None for what the file holds (a GGUF: float32 on the CPU, bfloat16 elsewhere).
         device: where the weights go.
+        with_tokenizer: whether to load the tokenizer.
 
     Raises:
         ModelFileError: no model can be read there; says what was found.
@@ -43,7 +49,8 @@ def load_model(
     target = str(path) if path.exists() else str(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype or "auto")
-        tokenizer = AutoTokenizer.from_pretrained(target)
+        has_tokenizer = not path.is_dir() or any(list(path.glob(pattern)) for pattern in TOKENIZER_FILES)
+        tokenizer = AutoTokenizer.from_pretrained(target) if with_tokenizer and has_tokenizer else None
     except (OSError, ValueError) as error:
         raise ModelFileError(f"{target} cannot be loaded: {error}") from error
     return model.to(device).eval(), tokenizer

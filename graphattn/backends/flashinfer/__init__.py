@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
+from ...errors import BackendError
 from ...spec import AttentionSpec, CacheSpec
 from ...state import StepState
 from ..base import Plan
@@ -31,8 +32,13 @@ class FlashInferBackend:
         reasons = []
         if device.type != "cuda":
             reasons.append(f"it needs a CUDA device, this is {device}")
-        if find_spec("flashinfer") is None:
+        elif find_spec("flashinfer") is None:
             reasons.append('it is not installed: pip install "graphattn[cuda]"')
+        else:
+            try:
+                from . import private  # noqa: F401  refuses versions it was not written for
+            except BackendError as error:
+                reasons.append(str(error))
         if spec.head_dim not in HEAD_DIMS:
             reasons.append(f"head_dim {spec.head_dim}: it has kernels for {', '.join(map(str, HEAD_DIMS))}")
         if cache.dtype not in (torch.bfloat16, torch.float16):

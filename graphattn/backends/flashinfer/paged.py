@@ -17,7 +17,7 @@ class PagedPlan:
     """A FlashInfer wrapper over paged keys and values of one layer group."""
 
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, wrapper):
-        self._group, self._wrapper, self._fence = group, wrapper, PlanFence()
+        self._group, self._wrapper, self._fence = group, wrapper, PlanFence(wrapper.device)
         self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, cache.page_size)
         self._options = {
             "window_left": -1 if spec.window is None else spec.window - 1,

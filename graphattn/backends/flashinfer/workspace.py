@@ -51,11 +51,11 @@ class PlanFence:
     own (sgl-project/mini-sglang#103, vllm-project/vllm#32799).
     """
 
-    def __init__(self) -> None:
-        self._copied = torch.cuda.Event()
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._copied = device, torch.cuda.Event()
 
     def __enter__(self) -> None:
         self._copied.synchronize()
 
     def __exit__(self, *exc_info) -> None:
-        self._copied.record()
+        self._copied.record(torch.cuda.current_stream(self._device))

@@ -457,6 +457,7 @@ def test_a_closed_stream_aborts_what_is_left() -> None:
             next(stream)
         stream.close()
         llm.pool.check()
+        assert set(llm._engine.unfinished) == {other}
         outputs = finish(llm)
         assert list(outputs) == [other]
         assert outputs[other].token_ids == expected("small", PROMPTS[5], 20)
@@ -493,12 +494,14 @@ def test_two_streams_and_steps_take_turns() -> None:
         texts["second"] += next(streams["second"]).token_ids
         for delta in streams["first"]:  # runs the second to its end on the way
             texts["first"] += delta.token_ids
+        steps = llm._executor.runner.counts.total()
+        for delta in streams["second"]:
+            texts["second"] += delta.token_ids
+        assert llm._executor.runner.counts.total() == steps
         while llm.has_work:
             for delta in llm.step():
                 assert delta.request_id == third
                 texts["third"] += delta.token_ids
-        for delta in streams["second"]:
-            texts["second"] += delta.token_ids
     want = [expected("small", PROMPTS[at], length) for at, length in ((5, 9), (6, 5), (7, 12))]
     assert [tuple(tokens) for tokens in texts.values()] == want
 
@@ -606,6 +609,7 @@ def test_a_forward_that_raises_in_generate_ends_only_what_it_asked() -> None:
         with pytest.raises(Fault):
             llm.generate(PROMPTS[:3], greedy())
         remove()
+        assert set(llm._engine.unfinished) == {other}
         outputs = finish(llm)
         assert list(outputs) == [other] and outputs[other].token_ids == expected("small", PROMPTS[7], 9)
         assert llm.generate([PROMPTS[2]], greedy())[0].token_ids == expected("small", PROMPTS[2], 12)

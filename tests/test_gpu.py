@@ -195,7 +195,7 @@ def test_real_model(smollm2: Path) -> None:
             "Water boils at 100 degrees.",
         )
     ]
-    with LLM(smollm2, device="cuda", max_batch=4, max_seq_len=1024) as llm:
+    with LLM(smollm2, device="cuda", max_batch=4, max_seq_len=1024, compile=False) as llm:
         poison(llm)
         _compare(llm, plain, exact, texts, floor=1e-3)
         answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], GREEDY_TEXT)[0]

@@ -21,8 +21,8 @@ class KVCache:
         device: where the tensors lie.
 
     Attributes:
-        layers: `[(k_cache, v_cache), ...]`, each tensor `[num_pages, page_size, num_kv_heads, head_dim]`
-            (P pages, S slots in a page, H kv heads, D head dim), uninitialised: attention never reads a slot
+        layers: `[(k_cache, v_cache), ...]`, each tensor `[num_pages, page_size, num_kv_heads, head_dim]`, or with
+            layout "HND" `[num_pages, num_kv_heads, page_size, head_dim]`; uninitialised: attention never reads a slot
             that no token was appended to.
 
     Raises:
@@ -33,10 +33,9 @@ class KVCache:
         if num_layers < 1:
             raise InvalidArgumentError(f"num_layers={num_layers}: it must be at least 1")
         self.spec, self.cache = spec, cache
-        shape_PSHD = (cache.num_pages, cache.page_size, spec.num_kv_heads, spec.head_dim)
         with torch.inference_mode(False):  # what is made inside it cannot be written outside it
             self.layers: list[tuple[Tensor, Tensor]] = [
-                tuple(torch.empty(shape_PSHD, dtype=cache.dtype, device=device) for _ in "kv")
+                tuple(torch.empty(cache.shape(spec), dtype=cache.dtype, device=device) for _ in "kv")
                 for _ in range(num_layers)
             ]
         self.device = self.layers[0][0].device
@@ -50,5 +49,5 @@ class KVCache:
         """Copies whole pages within every layer; the two lists are paired and share no page."""
         source_P, target_P = (torch.tensor(pages, device=self.device) for pages in (source, target))
         for pair in self.layers:
-            for tensor_PSHD in pair:
-                tensor_PSHD.index_copy_(0, target_P, tensor_PSHD.index_select(0, source_P))
+            for pages in pair:
+                pages.index_copy_(0, target_P, pages.index_select(0, source_P))

@@ -58,17 +58,22 @@ class Attention(nn.Module):
         self.register_buffer("v_cache", torch.empty(0), persistent=False)
 
     def bind(self, k_cache: Tensor, v_cache: Tensor) -> None:
-        """Gives the layer its pages, `[num_pages, page_size, num_kv_heads, head_dim]` each (`KVCache.layers[i]`).
+        """Gives the layer its pages: `KVCache.layers[i]`, in the layout that the plans it runs under were made for.
 
         Raises:
             InvalidArgumentError: the heads or width differ from the layer's.
         """
-        expected = (self.spec.num_kv_heads, self.spec.head_dim)
+        heads, head_dim = self.spec.num_kv_heads, self.spec.head_dim
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-            if cache.dim() != 4 or tuple(cache.shape[2:]) != expected:
+            if cache.dim() != 4 or heads not in cache.shape[1:3] or cache.shape[3] != head_dim:
                 raise InvalidArgumentError(
-                    f"{name} is {tuple(cache.shape)}: needed is [pages, page_size, {expected[0]}, {expected[1]}]"
+                    f"{name} is {tuple(cache.shape)}: needed is [pages, page_size, {heads}, {head_dim}] (NHD) or "
+                    f"[pages, {heads}, page_size, {head_dim}] (HND)"
                 )
+        if k_cache.shape != v_cache.shape:
+            raise InvalidArgumentError(
+                f"k_cache is {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}: make them equal"
+            )
         self.k_cache, self.v_cache = k_cache, v_cache
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from .errors import InvalidArgumentError
 
+LAYOUTS = ("NHD", "HND")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -62,20 +63,23 @@ class AttentionSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
-    """How the paged cache of a layer lies in memory: `[num_pages, page_size, num_kv_heads, head_dim]` (NHD).
+    """How the paged cache of a layer lies in memory.
 
     Attributes:
         num_pages: pages of each layer, the null page 0 among them.
         page_size: tokens in a page.
         dtype: of keys, values and queries.
+        layout: of a page: "NHD" `[page_size, num_kv_heads, head_dim]` or "HND" `[num_kv_heads, page_size, head_dim]`.
 
     Raises:
-        InvalidArgumentError: fewer than 2 pages, an empty page, or a dtype that attention has no kernel for.
+        InvalidArgumentError: fewer than 2 pages, an empty page, a dtype that attention has no kernel for, or an unknown
+            layout.
     """
 
     num_pages: int
     page_size: int = 16
     dtype: torch.dtype = torch.bfloat16
+    layout: str = "NHD"
 
     def __post_init__(self) -> None:
         if self.num_pages < 2:
@@ -84,6 +88,13 @@ class CacheSpec:
             raise InvalidArgumentError(f"page_size={self.page_size}: it must be at least 1")
         if self.dtype not in DTYPES:
             raise InvalidArgumentError(f"dtype={self.dtype}: the cache holds one of {', '.join(map(str, DTYPES))}")
+        if self.layout not in LAYOUTS:
+            raise InvalidArgumentError(f"layout={self.layout!r}: choose {' or '.join(LAYOUTS)}")
+
+    def shape(self, spec: AttentionSpec) -> tuple[int, int, int, int]:
+        """Shape of one layer's keys, and of its values."""
+        page = (self.page_size, spec.num_kv_heads) if self.layout == "NHD" else (spec.num_kv_heads, self.page_size)
+        return (self.num_pages, *page, spec.head_dim)
 
     def page_bytes(self, spec: AttentionSpec) -> int:
         """Bytes that one page takes in one layer, keys and values together."""

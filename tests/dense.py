@@ -21,7 +21,16 @@ class DenseRows:
     """
 
     def __init__(
-        self, spec: AttentionSpec, cached: list[int], new: list[int], *, page_size: int, dtype, device, seed: int = 0
+        self,
+        spec: AttentionSpec,
+        cached: list[int],
+        new: list[int],
+        *,
+        page_size: int,
+        dtype,
+        device,
+        seed: int = 0,
+        layout: str = "NHD",
     ):
         generator = torch.Generator().manual_seed(seed)
         self.spec, self.cached, self.new = spec, cached, new
@@ -44,14 +53,20 @@ class DenseRows:
         self.tables = [BlockTable(self.pool) for _ in lens]
         for table, length in zip(self.tables, lens, strict=True):
             table.grow(length)
-        cache_spec = CacheSpec(num_pages=self.pool.num_pages, page_size=page_size, dtype=dtype)
+        cache_spec = CacheSpec(num_pages=self.pool.num_pages, page_size=page_size, dtype=dtype, layout=layout)
         self.cache = KVCache(1, spec, cache_spec, device)
         for pages in self.cache.layers[0]:
             pages.fill_(float("nan"))
-        for tensor_PSKD, rows in zip(self.cache.layers[0], (self.k, self.v), strict=True):
+        for tensor_PSKD, rows in zip(self.pages, (self.k, self.v), strict=True):
             for table, row, count in zip(self.tables, rows, cached, strict=True):
                 for token in range(count):
                     tensor_PSKD[table.pages[token // page_size], token % page_size] = row[token]
+
+    @property
+    def pages(self) -> list[Tensor]:
+        """The cache's keys and values, `[pages, slots, kv heads, head dim]` whatever its layout."""
+        is_hnd = self.cache.cache.layout == "HND"
+        return [tensor.transpose(1, 2) if is_hnd else tensor for tensor in self.cache.layers[0]]
 
     @property
     def packed(self) -> tuple[Tensor, Tensor, Tensor]:

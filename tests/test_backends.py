@@ -56,7 +56,7 @@ def check(rows: DenseRows, ours: torch.Tensor, *, floor: float) -> None:
     dtype = ours.dtype
     exact = rows.attend(torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32)
     assert_close(ours, rows.attend(dtype), exact, floor=floor)
-    held = torch.cat([rows.cache.layers[0][0][table.pages].flatten(0, 1) for table in rows.tables])
+    held = torch.cat([rows.pages[0][table.pages].flatten(0, 1) for table in rows.tables])
     poisoned = held.isnan().flatten(1).all(1).sum()
     slots = sum(table.num_slots for table in rows.tables)
     tokens = sum(rows.cached) + sum(rows.new)
@@ -71,6 +71,16 @@ def test_reference(heads: str, ragged: str, options: dict) -> None:
     check(rows, run_ragged(rows, "reference"), floor=1e-6)
     if ragged == "decode":
         rows = DenseRows(rows.spec, *RAGGED[ragged], page_size=16, dtype=torch.float32, device="cpu")
+        check(rows, run_decode(rows, "reference", padding=3), floor=1e-6)
+
+
+@pytest.mark.parametrize("ragged", RAGGED)
+def test_reference_with_heads_before_slots(ragged: str) -> None:
+    options = {"page_size": 16, "dtype": torch.float32, "device": "cpu", "layout": "HND"}
+    rows = DenseRows(spec_of("group 3", 8), *RAGGED[ragged], **options)
+    check(rows, run_ragged(rows, "reference"), floor=1e-6)
+    if ragged == "decode":
+        rows = DenseRows(rows.spec, *RAGGED[ragged], **options)
         check(rows, run_decode(rows, "reference", padding=3), floor=1e-6)
 
 
@@ -126,6 +136,17 @@ def test_flashinfer_options(options: dict, ragged: str) -> None:
     check(rows, run_ragged(rows, "flashinfer"), floor=1e-3)
     if ragged == "decode":
         rows = DenseRows(rows.spec, *RAGGED[ragged], page_size=16, dtype=torch.bfloat16, device="cuda")
+        check(rows, run_decode(rows, "flashinfer", padding=3), floor=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ragged", RAGGED)
+def test_flashinfer_with_heads_before_slots(ragged: str) -> None:
+    options = {"page_size": 16, "dtype": torch.bfloat16, "device": "cuda", "layout": "HND"}
+    rows = DenseRows(spec_of("group 3", 128), *RAGGED[ragged], **options)
+    check(rows, run_ragged(rows, "flashinfer"), floor=1e-3)
+    if ragged == "decode":
+        rows = DenseRows(rows.spec, *RAGGED[ragged], **options)
         check(rows, run_decode(rows, "flashinfer", padding=3), floor=1e-3)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 import re
 from collections import defaultdict
@@ -165,6 +166,7 @@ def test_a_sliding_window_is_obeyed_over_pages_and_chunks() -> None:
     [
         {"buckets": [3]},
         {"capture": "lazy", "enforce_eager": True},
+        {"layout": "HND", "kv_dtype": torch.float64},
         pytest.param({"compile": True}, marks=pytest.mark.inductor),
     ],
     ids=str,
@@ -753,6 +755,12 @@ def test_pages_held_outside_the_engine_are_named() -> None:
         ({"backend": "flashinfer"}, BackendError, "it needs a CUDA device, this is cpu"),
         ({"backend": "flash"}, InvalidArgumentError, "backend='flash': choose auto, flashinfer or reference"),
         ({"capture": "some"}, InvalidArgumentError, "capture='some': choose all or lazy"),
+        ({"layout": "HDN"}, InvalidArgumentError, "layout='HDN': choose auto, NHD or HND"),
+        (
+            {"kv_dtype": torch.float8_e4m3fn},
+            InvalidArgumentError,
+            "kv_dtype=torch.float8_e4m3fn: the model computes in",
+        ),
         ({"compile": "yes"}, InvalidArgumentError, "compile='yes'"),
         ({"buckets": [300]}, InvalidArgumentError, "bucket 300 is larger than max_batch=256"),
         ({"device": "cpu"}, InvalidArgumentError, "this model is loaded"),
@@ -897,10 +905,24 @@ def test_explain_says_what_is_in_force() -> None:
         assert lines["layers"].startswith("1 x AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=8")
         steps_at = dict(re.findall(r"(\d+) \((\d+) steps\)", lines["buckets"]))
         assert list(steps_at) == ["1", "2", "4", "6"] and sum(map(int, steps_at.values())) == run_steps
-        assert lines["pages"] == f"24 of 4 tokens, 0 in use, {llm.pool.num_cached} cached; max_seq_len 64"
+        assert lines["pages"] == f"24 of 4 tokens (NHD), 0 in use, {llm.pool.num_cached} cached; max_seq_len 64"
         assert lines["steps"].startswith(f"0 replayed, {run_steps} eager, 0 stopped by the plan guard; ")
         assert f"{scheduler.num_preemptions} preemptions, {llm.pool.num_hits} tokens" in lines["steps"]
         assert run_steps > 0 and scheduler.num_preemptions > 0 and llm.pool.num_hits > 0
+
+
+def test_batches_are_recorded_when_the_engine_closes(tmp_path) -> None:
+    path = tmp_path / "batches.json"
+    with LLM(small(), max_batch=4, num_pages=40, record_batches=path) as llm:
+        llm.generate(PROMPTS[:2], greedy(5))
+        llm.generate(PROMPTS[:1], greedy(3))
+        run_rows = dict(llm._executor.runner.rows)
+    assert json.loads(path.read_text()) == {
+        "schema_version": 1,
+        "max_batch": 4,
+        "steps": {str(rows): count for rows, count in sorted(run_rows.items())},
+    }
+    assert run_rows[2] > 0 and run_rows[1] > 0
 
 
 def test_ledger_counts_weights_pages_and_buffers() -> None:

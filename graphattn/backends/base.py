@@ -15,7 +15,7 @@ from ..state import StepState
 class Plan(Protocol):
     """How one layer group of one step shape is computed.
 
-    Shape letters: N tokens, H query heads, K kv heads, D head dim, P pages, S slots in a page.
+    Shape letters: N tokens, H query heads, K kv heads, D head dim.
     """
 
     @property
@@ -27,8 +27,12 @@ class Plan(Protocol):
         """Prepares for these rows, from host numbers only; called before each step."""
         ...
 
-    def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, k_cache_PSKD: Tensor, v_cache_PSKD: Tensor) -> Tensor:
-        """Appends the new keys and values to the cache, then attends causally over each row; returns `[N, H, D]`."""
+    def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """Appends the new keys and values to the cache (`CacheSpec.shape`), then attends causally over each row.
+
+        Returns:
+            `[N, H, D]`.
+        """
         ...
 
 

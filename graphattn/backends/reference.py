@@ -24,7 +24,7 @@ class ReferenceBackend:
     num_bytes = 0
 
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, device: torch.device):
-        self._group, self._spec, self._page_size = group, spec, cache.page_size
+        self._group, self._spec, self._cache = group, spec, cache
 
     @staticmethod
     def rejections(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> list[str]:
@@ -34,7 +34,7 @@ class ReferenceBackend:
         return self.prefill_plan()
 
     def prefill_plan(self) -> ReferencePlan:
-        return ReferencePlan(self._group, self._spec, self._page_size)
+        return ReferencePlan(self._group, self._spec, self._cache)
 
 
 class ReferencePlan:
@@ -42,15 +42,15 @@ class ReferencePlan:
 
     signature = ()
 
-    def __init__(self, group: int, spec: AttentionSpec, page_size: int):
-        self._group, self._spec, self._page_size = group, spec, page_size
+    def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec):
+        self._group, self._spec, self._cache = group, spec, cache
 
     def plan(self, batch: Batch) -> None:
-        csr, device = batch.groups_host[self._group], batch.token_ids_N.device
-        kv_lens, query_lens = csr.kv_lens(self._page_size).tolist(), batch.qo_indptr_B1.diff().tolist()
-        in_page = torch.arange(self._page_size)
+        csr, device, page_size = batch.groups_host[self._group], batch.token_ids_N.device, self._cache.page_size
+        kv_lens, query_lens = csr.kv_lens(page_size).tolist(), batch.qo_indptr_B1.diff().tolist()
+        in_page = torch.arange(page_size)
         slots_of_row = [
-            (pages.long()[:, None] * self._page_size + in_page).flatten()[:length]
+            (pages.long()[:, None] * page_size + in_page).flatten()[:length]
             for pages, length in zip(csr.indices_P.split(csr.indptr_B1.diff().tolist()), kv_lens, strict=True)
         ]
         new = [slots[length - count :] for slots, length, count in zip(slots_of_row, kv_lens, query_lens, strict=True)]
@@ -65,17 +65,24 @@ class ReferencePlan:
                 for start, end, slots, length in zip(ends[:-1], ends[1:], slots_of_row, kv_lens, strict=True)
             ]
 
-    def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, k_cache_PSKD: Tensor, v_cache_PSKD: Tensor) -> Tensor:
-        keys_KD, values_KD = k_cache_PSKD.flatten(0, 1), v_cache_PSKD.flatten(0, 1)
-        keys_KD.index_copy_(0, self._new_slots_N, k_NKD)
-        values_KD.index_copy_(0, self._new_slots_N, v_NKD)
+    def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        is_hnd = self._cache.layout == "HND"
+        k_PSKD, v_PSKD = (cache.transpose(1, 2) if is_hnd else cache for cache in (k_cache, v_cache))
+        new = self._where(self._new_slots_N)
+        k_PSKD.index_put_(new, k_NKD)
+        v_PSKD.index_put_(new, v_NKD)
         out_NHD = q_NHD.new_empty(q_NHD.shape)
         for rows, slots_BL, kv_lens_B in self._parts:
             num_rows = len(slots_BL)
             q_BTHD = q_NHD[rows].unflatten(0, (num_rows, -1))
-            out_BTHD = self._attend_rows(q_BTHD, keys_KD[slots_BL], values_KD[slots_BL], kv_lens_B)
+            held = self._where(slots_BL)
+            out_BTHD = self._attend_rows(q_BTHD, k_PSKD[held], v_PSKD[held], kv_lens_B)
             out_NHD[rows] = out_BTHD.flatten(0, 1).to(q_NHD.dtype)
         return out_NHD
+
+    def _where(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Page of each slot, and its place in the page."""
+        return slots // self._cache.page_size, slots % self._cache.page_size
 
     def _attend_rows(self, q_BTHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, kv_lens_B: Tensor) -> Tensor:
         spec, dtype = self._spec, torch.promote_types(q_BTHD.dtype, torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -19,6 +20,7 @@ from ..pages import PagePool
 from ..plan import BACKENDS
 from ..runner import CAPTURE_MODES
 from ..sampling import SamplingParams
+from ..spec import LAYOUTS
 from .engine import Engine
 from .executor import Executor
 from .prompts import Checked, Prompt, PromptReader
@@ -51,6 +53,10 @@ class LLM:
         kv_bytes: bytes of the cache, instead of `num_pages`.
         memory_fraction: with neither, this share of the memory that is free once the model is loaded (no more than
             `max_batch` requests of `max_seq_len` can use).
+        kv_dtype: of the cache; None, or the model's own dtype: no backend serves another one yet.
+        layout: of a page: "NHD" (slots before heads), "HND" or "auto", which is NHD.
+        record_batches: a file that `close()` writes how many decode steps ran with how many rows into, as JSON
+            (`{"schema_version": 1, "max_batch": 8, "steps": {"3": 120, ...}}`): what to choose `buckets` from.
         max_prefill_tokens: prompt tokens computed in one step; longer prompts are prefilled in chunks.
         prefix_cache: share full pages between requests that begin alike.
         progress: called as `progress(stage, done, total)` while loading ("load") and capturing ("capture").
@@ -84,6 +90,9 @@ class LLM:
         num_pages: int | None = None,
         kv_bytes: int | None = None,
         memory_fraction: float = 0.9,
+        kv_dtype: torch.dtype | None = None,
+        layout: str = "auto",
+        record_batches: str | Path | None = None,
         max_prefill_tokens: int = 8192,
         prefix_cache: bool = True,
         progress: Progress | None = None,
@@ -98,6 +107,8 @@ class LLM:
             raise InvalidArgumentError(f"capture={capture!r}: choose {' or '.join(CAPTURE_MODES)}")
         if backend != "auto" and backend not in BACKENDS:
             raise InvalidArgumentError(f"backend={backend!r}: choose auto, {' or '.join(BACKENDS)}")
+        if layout not in ("auto", *LAYOUTS):
+            raise InvalidArgumentError(f"layout={layout!r}: choose auto, {' or '.join(LAYOUTS)}")
         if num_pages is not None and kv_bytes is not None:
             raise InvalidArgumentError(f"num_pages={num_pages} and kv_bytes={kv_bytes}: give one of them")
         progress = progress or (lambda stage, done, total: None)
@@ -114,10 +125,16 @@ class LLM:
         progress("load", 1, 1)
         binding = Binding(model)
         try:
+            if kv_dtype not in (None, model.dtype):
+                raise InvalidArgumentError(
+                    f"kv_dtype={kv_dtype}: the model computes in {model.dtype}, and no backend keeps a cache of any "
+                    "other dtype; leave kv_dtype out, or load the model in that dtype"
+                )
             limit = length_limit(binding, max_seq_len)
             cache = cache_spec(
                 binding,
                 page_size=page_size,
+                layout="NHD" if layout == "auto" else layout,
                 num_pages=num_pages,
                 kv_bytes=kv_bytes,
                 memory_fraction=memory_fraction,
@@ -157,6 +174,7 @@ class LLM:
             decode=None if tokenizer is None else self._decode,
         )
         self._outbox: deque[Delta] = deque()
+        self._record_batches = None if record_batches is None else Path(record_batches)
 
     def generate(
         self,
@@ -269,8 +287,8 @@ class LLM:
                 f"layers      {len(self._executor.binding.layers)} x {spec}",
                 "rope        applied by the model, outside the op",
                 f"buckets     {buckets}; {run.ladder.waste(run.rows):.0%} of the rows computed were padding",
-                f"pages       {self.pool.num_usable} of {self.pool.page_size} tokens, {self.pool.num_used} in use, "
-                f"{self.pool.num_cached} cached; max_seq_len {self.max_seq_len}",
+                f"pages       {self.pool.num_usable} of {self.pool.page_size} tokens ({planner.cache.layout}), "
+                f"{self.pool.num_used} in use, {self.pool.num_cached} cached; max_seq_len {self.max_seq_len}",
                 f"steps       {counts['replay']} replayed, {counts['eager']} eager, {counts['guard']} stopped by the "
                 f"plan guard; {self._scheduler.num_preemptions} preemptions, {self.pool.num_hits} tokens from the "
                 "prefix cache",
@@ -291,6 +309,10 @@ class LLM:
         """Aborts what runs, frees graphs and pages, and restores the model; does nothing the second time."""
         self._engine.close()
         self._executor.close()
+        if self._record_batches is not None:
+            steps = dict(sorted(self._executor.runner.rows.items()))
+            document = {"schema_version": 1, "max_batch": self._scheduler.max_batch, "steps": steps}
+            self._record_batches.write_text(json.dumps(document) + "\n")
 
     def __enter__(self) -> LLM:
         return self

@@ -31,6 +31,7 @@ def cache_spec(
     binding: Binding,
     *,
     page_size: int,
+    layout: str,
     num_pages: int | None,
     kv_bytes: int | None,
     memory_fraction: float,
@@ -49,7 +50,7 @@ def cache_spec(
     """
     dtype = binding.model.dtype
     if num_pages is None:
-        smallest = CacheSpec(num_pages=2, page_size=page_size, dtype=dtype)
+        smallest = CacheSpec(num_pages=2, page_size=page_size, dtype=dtype, layout=layout)
         page_bytes = len(binding.layers) * smallest.page_bytes(binding.spec)
         if kv_bytes is not None:
             num_pages = pages_that_fit(page_bytes=page_bytes, kv_bytes=kv_bytes)
@@ -65,7 +66,7 @@ def cache_spec(
             )
             if limit is not None:
                 num_pages = min(num_pages, 1 + max_batch * -(-limit // page_size))
-    return CacheSpec(num_pages=num_pages, page_size=page_size, dtype=dtype)
+    return CacheSpec(num_pages=num_pages, page_size=page_size, dtype=dtype, layout=layout)
 
 
 class _Nothing:

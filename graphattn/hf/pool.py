@@ -63,7 +63,7 @@ class GrowingPool:
             total = min(total, self._max_pages)
         old, self.cache = self.cache, self._allocate(replace(self.cache.cache, num_pages=total))
         for pair, old_pair in zip(self.cache.layers, old.layers, strict=True):
-            for tensor_PSHD, old_PSHD in zip(pair, old_pair, strict=True):
-                tensor_PSHD[: len(old_PSHD)].copy_(old_PSHD)
+            for tensor, old_tensor in zip(pair, old_pair, strict=True):
+                tensor[: len(old_tensor)].copy_(old_tensor)
         self._binding.bind(self.cache)
         pages.grow(total)

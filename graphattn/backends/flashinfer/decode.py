@@ -38,7 +38,7 @@ class DecodePlan(PagedPlan):
         csr = state.csr(bucket, group)
         wrapper = BatchDecodeWithPagedKVCacheWrapper(
             workspace.placeholder(),
-            "NHD",
+            cache.layout,
             use_cuda_graph=True,
             use_tensor_cores=True,
             paged_kv_indptr_buffer=csr.indptr_B1,

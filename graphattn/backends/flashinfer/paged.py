@@ -1,6 +1,6 @@
 """What decode and prefill share: the append, the call and its options.
 
-Shape letters: N tokens, H query heads, K kv heads, D head dim, P pages, S slots in a page.
+Shape letters: N tokens, H query heads, K kv heads, D head dim.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ class PagedPlan:
 
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, wrapper):
         self._group, self._wrapper, self._fence = group, wrapper, PlanFence(wrapper.device)
+        self._layout = cache.layout
         self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, cache.page_size)
         self._options = {
             "window_left": -1 if spec.window is None else spec.window - 1,
@@ -32,9 +33,8 @@ class PagedPlan:
         self._rows_N, self._positions_N, self._csr = batch.rows_N, batch.positions_N, batch.groups[self._group]
         return batch.groups_host[self._group]
 
-    def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, k_cache_PSKD: Tensor, v_cache_PSKD: Tensor) -> Tensor:
-        csr, pages = self._csr, (k_cache_PSKD, v_cache_PSKD)
-        append_paged_kv_cache(
-            k_NKD, v_NKD, self._rows_N, self._positions_N, pages, csr.indices_P, csr.indptr_B1, csr.last_page_len_B
-        )
+    def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        csr, pages = self._csr, (k_cache, v_cache)
+        table = (csr.indices_P, csr.indptr_B1, csr.last_page_len_B)
+        append_paged_kv_cache(k_NKD, v_NKD, self._rows_N, self._positions_N, pages, *table, kv_layout=self._layout)
         return self._wrapper.run(q_NHD, pages, out=q_NHD.new_empty(q_NHD.shape))

@@ -16,7 +16,7 @@ class PrefillPlan(PagedPlan):
     signature = ()
 
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, workspace: Workspace):
-        wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace.placeholder(), "NHD", backend="fa2")
+        wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace.placeholder(), cache.layout, backend="fa2")
         super().__init__(group, spec, cache, wrapper)
         self._workspace, self._sizes = workspace, (0, 0)
 

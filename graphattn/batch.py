@@ -54,10 +54,6 @@ class Batch:
     groups: tuple[CSR, ...]
     groups_host: tuple[CSR, ...]
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.qo_indptr_B1) - 1
-
 
 def csr_arrays(
     tables: Sequence[Sequence[int]], kv_lens: Sequence[int], page_size: int

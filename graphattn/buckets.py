@@ -26,6 +26,9 @@ class BucketLadder:
 
     def __init__(self, sizes: Iterable[int], max_batch: int | None = None):
         sizes = set(sizes)
+        for size in (*sizes, *(() if max_batch is None else (max_batch,))):
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise InvalidArgumentError(f"batch size {size!r}: it must be an int")
         if max_batch is not None:
             if max_batch < 1:
                 raise InvalidArgumentError(f"max_batch={max_batch}: a batch has at least one row")
@@ -41,6 +44,8 @@ class BucketLadder:
     @classmethod
     def default(cls, max_batch: int) -> BucketLadder:
         """A ladder fine where padding hurts most: 1, 2, 4, 6, 8, 12, 16, by 8 to 64, by 16 to 256, then by 32."""
+        if not isinstance(max_batch, int):
+            raise InvalidArgumentError(f"max_batch={max_batch!r}: it must be an int")
         steps = [1, 2, 4, 6, 8, 12, 16, *range(24, 65, 8), *range(80, 257, 16), *range(288, max_batch, 32)]
         return cls([size for size in steps if size < max_batch], max_batch)
 

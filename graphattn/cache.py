@@ -33,10 +33,10 @@ class KVCache:
         if num_layers < 1:
             raise InvalidArgumentError(f"num_layers={num_layers}: it must be at least 1")
         self.spec, self.cache = spec, cache
+        shape = (cache.num_pages, *cache.page_shape(spec))
         with torch.inference_mode(False):  # what is made inside it cannot be written outside it
             self.layers: list[tuple[Tensor, Tensor]] = [
-                tuple(torch.empty(cache.shape(spec), dtype=cache.dtype, device=device) for _ in "kv")
-                for _ in range(num_layers)
+                tuple(torch.empty(shape, dtype=cache.dtype, device=device) for _ in "kv") for _ in range(num_layers)
             ]
         self.device = self.layers[0][0].device
 

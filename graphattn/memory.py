@@ -22,8 +22,8 @@ class Meters:
     """One reading of every meter, in bytes; None means not known, and `notes` says why.
 
     `free` and `total` are cudaMemGetInfo's (source "driver") or, on CPU, the host's MemAvailable and MemTotal (source
-    "host"; cgroup limits not applied). `nvml_used` is what all processes, and to a few MiB the driver, hold on the
-    device beside the driver's `nvml_reserved`. `process_rss` is host memory.
+    "host"; in a container what its memory limit leaves, if that is less). `nvml_used` is what all processes, and to a
+    few MiB the driver, hold on the device beside the driver's `nvml_reserved`. `process_rss` is host memory.
     """
 
     device: str
@@ -97,6 +97,7 @@ def read_meters(device: torch.device | str, *, nvml: Any = None) -> Meters:
         if device.type == "cpu":
             kib = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
             readings |= {k: int(kib[n].split()[0]) * 1024 for k, n in (("free", "MemAvailable"), ("total", "MemTotal"))}
+            _apply_container_limit(readings)
     if device.type == "cuda":
         readings["torch_allocated"] = torch.cuda.memory_allocated(device)
         readings["torch_reserved"] = torch.cuda.memory_reserved(device)
@@ -104,6 +105,13 @@ def read_meters(device: torch.device | str, *, nvml: Any = None) -> Meters:
             readings["free"], readings["total"] = torch.cuda.mem_get_info(device)
         _read_nvml(device, readings, notes, nvml)
     return Meters(**readings, notes=tuple(notes))
+
+
+def _apply_container_limit(readings: dict[str, Any], folder: Path = Path("/sys/fs/cgroup")) -> None:
+    limit = (folder / "memory.max").read_text().strip() if (folder / "memory.max").exists() else "max"
+    if limit != "max":
+        left = int(limit) - int((folder / "memory.current").read_text())
+        readings |= {"free": max(0, min(readings["free"], left)), "total": min(readings["total"], int(limit))}
 
 
 @contextlib.contextmanager

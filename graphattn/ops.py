@@ -43,7 +43,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, g
         raise InvalidArgumentError(
             f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, the cache {k_cache.dtype}: give all of them one dtype"
         )
-    return plans[group].attend(q, k, v, k_cache, v_cache)
+    plan = plans[group]
+    if k_cache.shape[1:] != plan.page_shape:
+        raise InvalidArgumentError(
+            f"the cache has pages of {list(k_cache.shape[1:])}, the plan was made for {list(plan.page_shape)}: "
+            "give both the same CacheSpec (page_size and layout)"
+        )
+    return plan.attend(q, k, v, k_cache, v_cache)
 
 
 def _attend_fake(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, group: int) -> Tensor:

@@ -6,6 +6,7 @@ A step is any callable `step_fn(token_ids[B], positions[B]) -> Tensor | tuple[Te
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from .state import StepState
 
 StepFn = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]
 CAPTURE_MODES = ("all", "lazy")
+_CAPTURING = threading.Lock()  # torch.cuda.graph empties the allocator's cache, which another thread's capture forbids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class Capture:
         seconds: planning, warm-up (with compilation, if the step compiles) and capture.
         pool_bytes: what the graph added to torch's private pool; 0 without CUDA graphs.
         driver_bytes: by how much the driver's free memory shrank beyond that.
+
+    A bucket that was captured anew counts all of its captures.
     """
 
     bucket: int
@@ -102,7 +106,7 @@ class DecodeRunner:
         self._step_fn, self._lazy = step_fn, capture == "lazy"
         self._buckets: dict[int, _Bucket] = {}
         self._outputs: tuple[Tensor, ...] = ()
-        self._single = False
+        self._single = self._is_closed = False
         self._pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
         self._stream = torch.cuda.Stream(state.device) if self.uses_graphs else None
 
@@ -130,10 +134,13 @@ class DecodeRunner:
     def run(
         self, token_ids: Sequence[int], seq_lens: Sequence[int], tables: Sequence[Sequence[Sequence[int]]]
     ) -> Tensor | tuple[Tensor, ...]:
-        """Runs one step. Waits for no step; at most for the copies of an earlier one's numbers to the device.
+        """Runs one step, on the current stream, and returns without waiting for it.
+
+        Staging waits for the copies of the numbers of two steps ago, which the device makes before it runs that step.
+        Run all steps on one stream, or make the streams wait for each other: they share buffers.
 
         Args:
-            token_ids: the token each row feeds.
+            token_ids: the token each row feeds; they are not checked against the vocabulary.
             seq_lens: each row's length with that token counted.
             tables: `tables[group][row]`, the row's pages in order.
 
@@ -142,11 +149,13 @@ class DecodeRunner:
 
         Raises:
             BucketError: no bucket holds the rows.
-            InvalidArgumentError: a row is too long or its table too short.
+            InvalidArgumentError: a row is too long, its table too short or holds a page that the cache has not, or the
+                arguments are not of one length.
+            CaptureError: a bucket that is captured now could not be.
         """
         bucket = self.ladder.pick(len(token_ids))
         prepared = self._prepare(bucket)
-        batch = self.state.stage(bucket, token_ids, seq_lens, tables)
+        batch = self.state.stage(bucket, token_ids, seq_lens, tables, num_pages=self.planner.cache.num_pages)
         prepared.plan.plan(batch)
         self.rows[len(token_ids)] += 1
         if prepared.graph is None:
@@ -158,7 +167,7 @@ class DecodeRunner:
         else:
             self.counts["guard"] += 1
             self._call(prepared)
-            self._record(bucket, self._capture_graph(prepared))
+            self._capture_graph(bucket, prepared)
         return self._result(len(token_ids))
 
     def bucket_steps(self) -> dict[int, int]:
@@ -190,11 +199,14 @@ class DecodeRunner:
                 )
 
     def close(self) -> None:
-        """Frees the graphs and the outputs."""
+        """Frees the graphs and the outputs; nothing can be run any more."""
+        self._is_closed = True
         self._buckets.clear()
         self._outputs = ()
 
     def _prepare(self, bucket: int) -> _Bucket:
+        if self._is_closed:
+            raise CaptureError("the runner is closed, its graphs are freed: make a new one")
         if bucket in self._buckets:
             return self._buckets[bucket]
         started = time.perf_counter()
@@ -204,14 +216,12 @@ class DecodeRunner:
         batch = self.state.stage(bucket, [], [], [[] for _ in self.state.groups])
         prepared.plan.plan(batch)
         self._allocate_outputs(prepared, bucket)
-        sizes = self._capture_graph(prepared) if self.uses_graphs else {}
+        if self.uses_graphs:
+            self._capture_graph(bucket, prepared, started)
+        else:
+            self.captures.append(Capture(bucket=bucket, seconds=time.perf_counter() - started))
         self._buckets[bucket] = prepared
-        self._record(bucket, sizes, time.perf_counter() - started)
         return prepared
-
-    def _record(self, bucket: int, sizes: dict[str, int], seconds: float = 0.0) -> None:
-        self.captures = [capture for capture in self.captures if capture.bucket != bucket]
-        self.captures.append(Capture(bucket=bucket, seconds=seconds, **sizes))
 
     def _allocate_outputs(self, prepared: _Bucket, bucket: int) -> None:
         if self._outputs:
@@ -240,25 +250,48 @@ class DecodeRunner:
         for shared, output in zip(self._outputs, (outputs,) if self._single else outputs, strict=True):
             shared[: len(prepared.token_ids_B)].copy_(output)
 
-    def _capture_graph(self, prepared: _Bucket) -> dict[str, int]:
-        """Warms up and captures; returns the bytes that the graph took."""
-        # On the capture stream: cuBLAS workspaces, compilation and lazily loaded kernels must not be captured.
-        current = torch.cuda.current_stream(self.state.device)
+    def _capture_graph(self, bucket: int, prepared: _Bucket, started: float | None = None) -> None:
+        """Warms up, captures and records what that took."""
+        started = time.perf_counter() if started is None else started
+        device = self.state.device
+        # On the capture stream: compilation and lazily loaded kernels must not be captured.
+        current = torch.cuda.current_stream(device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             for _ in range(2):
                 self._call(prepared)
         current.wait_stream(self._stream)
-        torch.cuda.synchronize(self.state.device)
-        torch.cuda.empty_cache()
-        reserved, free = torch.cuda.memory_reserved(self.state.device), torch.cuda.mem_get_info(self.state.device)[0]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            self._call(prepared)
+        torch.cuda.synchronize(device)
+        with _CAPTURING:
+            # cuBLAS's workspace must come from the graph's pool: one from outside may be freed, and not by us
+            # (torch/_inductor/cudagraph_trees.py clears them too, for every stream).
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
+            reserved, free = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[0]
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    self._call(prepared)
+            except Exception as error:
+                raise CaptureError(
+                    f"the step at bucket {bucket} runs but cannot be captured ({type(error).__name__}: {error}): it "
+                    "must not wait for the device (.item(), .cpu(), printing a tensor), or pass enforce_eager=True"
+                ) from error
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
         prepared.graph, prepared.signature = graph, prepared.plan.signature
-        pool_bytes = torch.cuda.memory_reserved(self.state.device) - reserved
-        taken = free - torch.cuda.mem_get_info(self.state.device)[0]
-        return {"pool_bytes": max(pool_bytes, 0), "driver_bytes": max(taken - pool_bytes, 0)}
+        pool_bytes = torch.cuda.memory_reserved(device) - reserved
+        driver_bytes = free - torch.cuda.mem_get_info(device)[0] - pool_bytes
+        earlier = [capture for capture in self.captures if capture.bucket == bucket]
+        self.captures = [capture for capture in self.captures if capture.bucket != bucket]
+        self.captures.append(
+            Capture(
+                bucket=bucket,
+                seconds=time.perf_counter() - started + sum(capture.seconds for capture in earlier),
+                pool_bytes=max(pool_bytes, 0) + sum(capture.pool_bytes for capture in earlier),
+                driver_bytes=max(driver_bytes, 0) + sum(capture.driver_bytes for capture in earlier),
+            )
+        )
 
     def _result(self, num_rows: int) -> Tensor | tuple[Tensor, ...]:
         outputs = tuple(output[:num_rows] for output in self._outputs)

@@ -91,10 +91,10 @@ class CacheSpec:
         if self.layout not in LAYOUTS:
             raise InvalidArgumentError(f"layout={self.layout!r}: choose {' or '.join(LAYOUTS)}")
 
-    def shape(self, spec: AttentionSpec) -> tuple[int, int, int, int]:
-        """Shape of one layer's keys, and of its values."""
+    def page_shape(self, spec: AttentionSpec) -> tuple[int, int, int]:
+        """Shape of one page of a layer's keys, and of its values."""
         page = (self.page_size, spec.num_kv_heads) if self.layout == "NHD" else (spec.num_kv_heads, self.page_size)
-        return (self.num_pages, *page, spec.head_dim)
+        return (*page, spec.head_dim)
 
     def page_bytes(self, spec: AttentionSpec) -> int:
         """Bytes that one page takes in one layer, keys and values together."""

@@ -118,6 +118,8 @@ class StepState:
         token_ids: Sequence[int],
         seq_lens: Sequence[int],
         tables: Sequence[Sequence[Sequence[int]]],
+        *,
+        num_pages: int | None = None,
     ) -> Batch:
         """Sends a step's numbers to the device, without waiting for it, and returns the batch to plan from.
 
@@ -128,20 +130,34 @@ class StepState:
             token_ids: the token each row feeds.
             seq_lens: each row's length with that token counted.
             tables: `tables[group][row]`, the row's pages in order; may hold more pages than the length needs.
+            num_pages: pages of the cache, to check the tables against; kernels do not.
 
         Raises:
-            InvalidArgumentError: more rows than the bucket holds, a row longer than `max_seq_len`, or too few pages.
+            InvalidArgumentError: more rows than the bucket holds, a row longer than `max_seq_len`, too few pages, a
+                page outside the cache, or arguments that differ in length.
         """
         num_rows, padding = len(token_ids), bucket - len(token_ids)
         if padding < 0 or bucket > self.max_batch:
             raise InvalidArgumentError(
                 f"{num_rows} rows at bucket {bucket}: the bucket must hold them and be at most {self.max_batch}"
             )
+        if len(seq_lens) != num_rows or [len(table) for table in tables] != [num_rows] * len(self.groups):
+            given = f"{len(seq_lens)} lengths and tables of {[len(table) for table in tables]} rows"
+            raise InvalidArgumentError(
+                f"{num_rows} token ids, {given}: give one length per row and, for each of {len(self.groups)} layer "
+                "groups, one table per row"
+            )
         if seq_lens and max(seq_lens) > self.max_seq_len:
             row = max(range(num_rows), key=lambda index: seq_lens[index])
             raise InvalidArgumentError(f"row {row}: {seq_lens[row]} tokens, max_seq_len is {self.max_seq_len}")
         lens = [*seq_lens, *[1] * padding]
         packed = [csr_arrays([*table, *[[NULL_PAGE]] * padding], lens, self.page_size) for table in tables]
+        for group, (_, indices, _) in enumerate(packed):
+            if num_pages is not None and not 0 <= indices.min() <= indices.max() < num_pages:
+                raise InvalidArgumentError(
+                    f"tables of layer group {group} hold pages {indices.min()} to {indices.max()}, the cache has "
+                    f"pages 0 to {num_pages - 1}"
+                )
         staging = self._ring[self._turn]
         self._turn = (self._turn + 1) % RING_DEPTH
         if staging.copied is not None:

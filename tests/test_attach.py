@@ -27,7 +27,7 @@ from graphattn.errors import (
     OutOfPagesError,
     UnsupportedModelError,
 )
-from graphattn.hf import attach
+from graphattn.hf import attach, detach
 from tests.tiny import FAMILIES, tiny
 
 PAGE = 4
@@ -672,3 +672,15 @@ def test_a_model_that_is_not_served(name: str):
     with pytest.raises(UnsupportedModelError, match=reason):
         attach(model)
     assert snapshot(model) == seen
+
+
+def test_a_model_whose_handle_is_gone_can_be_detached():
+    model = tiny("llama")
+    config, forward = model.config, type(model).forward
+    attach(model)
+    with pytest.raises(UnsupportedModelError, match=r"attached already: .*graphattn.hf.detach\(model\)"):
+        attach(model)
+    detach(model)
+    assert model.config is config and model.forward.__func__ is forward
+    with pytest.raises(InvalidArgumentError, match="LlamaForCausalLM is not attached"):
+        detach(model)

@@ -188,6 +188,41 @@ def test_flashinfer_plans_ahead(heads: str, monkeypatch) -> None:
     assert 2 <= len(plans) < num_steps / 2
 
 
+@pytest.mark.gpu
+def test_flashinfer_plan_that_is_interrupted_is_made_again(monkeypatch) -> None:
+    from graphattn.backends.flashinfer import decode
+
+    fast_decode_plan = decode.fast_decode_plan
+
+    def interrupted(*args, **kwargs):
+        monkeypatch.setattr(decode, "fast_decode_plan", fast_decode_plan)
+        raise KeyboardInterrupt
+
+    spec = spec_of("group 2", 128)
+    state = StepState(max_batch=2, max_seq_len=4096, page_size=16, groups=[spec], device="cuda")
+    rows = DenseRows(spec, [1500, 3000], [1, 1], page_size=16, dtype=torch.bfloat16, device="cuda")
+    plan = Planner([spec], rows.cache.cache, "cuda").decode(state, 2)
+    batch = state.stage(2, [0, 0], [1501, 3001], [[table.pages for table in rows.tables]])
+    monkeypatch.setattr(decode, "fast_decode_plan", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        plan.plan(batch)
+    plan.plan(batch)
+    with active_plans(plan.groups):
+        check(rows, torch.ops.graphattn.attend(*rows.packed, *rows.cache.layers[0], 0), floor=1e-3)
+
+
+def test_a_plan_for_another_cache_is_refused() -> None:
+    rows = DenseRows(spec_of("group 2", 8), [4], [1], page_size=16, dtype=torch.float32, device="cpu")
+    other = DenseRows(rows.spec, [4], [1], page_size=16, dtype=torch.float32, device="cpu", layout="HND")
+    plan = Planner([rows.spec], other.cache.cache, "cpu").prefill()
+    plan.plan(rows.batch("cpu"))
+    with (
+        active_plans(plan.groups),
+        pytest.raises(InvalidArgumentError, match=r"pages of \[16, 2, 8\], the plan .*\[2, 16, 8\]"),
+    ):
+        torch.ops.graphattn.attend(*rows.packed, *rows.cache.layers[0], 0)
+
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP32 = CacheSpec(num_pages=4), CacheSpec(num_pages=4, dtype=torch.float32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import random
 import re
@@ -744,6 +745,8 @@ def test_pages_held_outside_the_engine_are_named() -> None:
     ("options", "error", "complaint"),
     [
         ({"max_batch": 0}, InvalidArgumentError, "max_batch=0"),
+        ({"max_batch": 2.5}, InvalidArgumentError, "max_batch=2.5: it must be an int"),
+        ({"buckets": ["2"]}, InvalidArgumentError, "batch size '2': it must be an int"),
         ({"max_seq_len": 0}, InvalidArgumentError, "max_seq_len=0"),
         ({"max_seq_len": 513}, InvalidArgumentError, "max_seq_len=513: the model's positions end at 512"),
         ({"max_prefill_tokens": 0}, InvalidArgumentError, "max_prefill_tokens=0"),
@@ -923,6 +926,17 @@ def test_batches_are_recorded_when_the_engine_closes(tmp_path) -> None:
         "steps": {str(rows): count for rows, count in sorted(run_rows.items())},
     }
     assert run_rows[2] > 0 and run_rows[1] > 0
+
+
+def test_an_engine_that_is_dropped_leaves_the_model_as_it_was() -> None:
+    model = small()
+    config = model.config
+    llm = LLM(model, max_batch=2, num_pages=40)
+    llm.generate(PROMPTS[0], greedy(2))
+    del llm
+    gc.collect()
+    assert model.config is config
+    LLM(model, max_batch=2, num_pages=40).close()
 
 
 def test_ledger_counts_weights_pages_and_buffers() -> None:

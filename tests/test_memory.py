@@ -301,6 +301,18 @@ def test_the_resident_memory_agrees_with_the_kernels_other_figure():
     assert abs(read_meters("cpu").process_rss - int(found[1]) * 1024) < 16 * MIB
 
 
+@pytest.mark.parametrize(
+    ("limit", "current", "free", "total"),
+    [("max", 5, 700, 1000), ("800", "300", 500, 800), ("2000", "100", 700, 1000), ("800", "900", 0, 800)],
+)
+def test_a_containers_limit_is_what_is_free(tmp_path, limit, current, free, total):
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{current}\n")
+    readings = {"free": 700, "total": 1000}
+    memory._apply_container_limit(readings, tmp_path)
+    assert readings == {"free": free, "total": total}
+
+
 def test_without_proc_there_is_a_note(monkeypatch: pytest.MonkeyPatch):
     def missing(self, *arguments, **options):
         raise FileNotFoundError(2, "No such file or directory", str(self))

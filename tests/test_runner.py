@@ -61,7 +61,7 @@ def test_staged_buffers_hold_the_rows_and_padding(data) -> None:
         ]
         batch = state.stage(bucket, tokens, lens, tables)
         padding = bucket - len(lens)
-        assert batch.num_rows == bucket
+        assert batch.qo_indptr_B1.tolist() == list(range(bucket + 1))
         assert batch.token_ids_N.tolist() == tokens + [0] * padding
         assert batch.positions_N.tolist() == [length - 1 for length in lens] + [0] * padding
         assert batch.rows_N.tolist() == list(range(bucket))
@@ -103,11 +103,19 @@ def test_ragged_batch(rows: list[tuple[int, int]], page_size: int) -> None:
         (2, [1, 2], [1, 21], [[1], [1] * 6], "row 1: 21 tokens, max_seq_len is 20"),
         (2, [1, 2], [4, 5], [[1], [2]], r"row 1: 5 tokens need 2 pages \(page_size=4\), its table has 1"),
         (2, [1], [0], [[1]], "row 0: 0 tokens"),
+        (2, [1, 2], [1], [[1], [2]], r"2 token ids, 1 lengths and tables of \[2\] rows: give one length per row"),
+        (2, [1, 2], [1, 1], [[1]], r"2 token ids, 2 lengths and tables of \[1\] rows"),
     ],
 )
 def test_what_cannot_be_staged(bucket, tokens, lens, tables, words) -> None:
     with pytest.raises(InvalidArgumentError, match=words):
         new_state().stage(bucket, tokens, lens, [tables])
+
+
+def test_as_many_tables_as_groups() -> None:
+    for tables in ([], [[[1]], [[1]]]):
+        with pytest.raises(InvalidArgumentError, match="for each of 1 layer groups, one table per row"):
+            new_state().stage(2, [1], [1], tables)
 
 
 def test_empty_prefill_rows() -> None:
@@ -190,7 +198,18 @@ def test_a_failing_row_leaves_the_runner_usable() -> None:
         runner.run(*rows(7))
     with pytest.raises(InvalidArgumentError, match="its table has 1"):
         runner.run([1], [9], [[[1]]])
+    for page in (-1, CACHE.num_pages):
+        with pytest.raises(InvalidArgumentError, match=f"hold pages {page} to {page}, the cache has pages 0 to 7"):
+            runner.run([1], [1], [[[page]]])
     assert runner.run(*rows(2)).tolist() == [0, 1]
+
+
+def test_nothing_runs_after_close() -> None:
+    runner = new_runner(lambda token_ids, positions: token_ids)
+    runner.capture()
+    runner.close()
+    with pytest.raises(CaptureError, match="the runner is closed"):
+        runner.run(*rows(2))
 
 
 def test_what_no_runner_is(monkeypatch) -> None:

@@ -16,7 +16,12 @@ class Plan(Protocol):
     """How one layer group of one step shape is computed.
 
     Shape letters: N tokens, H query heads, K kv heads, D head dim.
+
+    Attributes:
+        page_shape: what it takes the pages of a cache to be, `CacheSpec.page_shape`.
     """
+
+    page_shape: tuple[int, int, int]
 
     @property
     def signature(self) -> tuple:
@@ -28,7 +33,7 @@ class Plan(Protocol):
         ...
 
     def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        """Appends the new keys and values to the cache (`CacheSpec.shape`), then attends causally over each row.
+        """Appends the new keys and values to the cache and then attends causally over each row.
 
         Returns:
             `[N, H, D]`.

@@ -44,6 +44,7 @@ class ReferencePlan:
 
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec):
         self._group, self._spec, self._cache = group, spec, cache
+        self.page_shape = cache.page_shape(spec)
 
     def plan(self, batch: Batch) -> None:
         csr, device, page_size = batch.groups_host[self._group], batch.token_ids_N.device, self._cache.page_size
@@ -54,34 +55,32 @@ class ReferencePlan:
             for pages, length in zip(csr.indices_P.split(csr.indptr_B1.diff().tolist()), kv_lens, strict=True)
         ]
         new = [slots[length - count :] for slots, length, count in zip(slots_of_row, kv_lens, query_lens, strict=True)]
-        self._new_slots_N = torch.cat(new).to(device)
+        self._new = self._where(torch.cat(new).to(device))
         if max(query_lens) == 1:
             parts = [torch.nn.utils.rnn.pad_sequence(slots_of_row, batch_first=True)]
-            self._parts = [(slice(None), parts[0].to(device), torch.tensor(kv_lens, device=device))]
+            self._parts = [(slice(None), self._where(parts[0].to(device)), torch.tensor(kv_lens, device=device))]
         else:
             ends = batch.qo_indptr_B1.tolist()
             self._parts = [
-                (slice(start, end), slots.to(device)[None], torch.tensor([length], device=device))
+                (slice(start, end), self._where(slots.to(device)[None]), torch.tensor([length], device=device))
                 for start, end, slots, length in zip(ends[:-1], ends[1:], slots_of_row, kv_lens, strict=True)
             ]
 
     def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         is_hnd = self._cache.layout == "HND"
         k_PSKD, v_PSKD = (cache.transpose(1, 2) if is_hnd else cache for cache in (k_cache, v_cache))
-        new = self._where(self._new_slots_N)
-        k_PSKD.index_put_(new, k_NKD)
-        v_PSKD.index_put_(new, v_NKD)
+        k_PSKD.index_put_(self._new, k_NKD)
+        v_PSKD.index_put_(self._new, v_NKD)
         out_NHD = q_NHD.new_empty(q_NHD.shape)
-        for rows, slots_BL, kv_lens_B in self._parts:
-            num_rows = len(slots_BL)
+        for rows, held_BL, kv_lens_B in self._parts:
+            num_rows = len(kv_lens_B)
             q_BTHD = q_NHD[rows].unflatten(0, (num_rows, -1))
-            held = self._where(slots_BL)
-            out_BTHD = self._attend_rows(q_BTHD, k_PSKD[held], v_PSKD[held], kv_lens_B)
+            out_BTHD = self._attend_rows(q_BTHD, k_PSKD[held_BL], v_PSKD[held_BL], kv_lens_B)
             out_NHD[rows] = out_BTHD.flatten(0, 1).to(q_NHD.dtype)
         return out_NHD
 
     def _where(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Page of each slot, and its place in the page."""
+        """Page and place in the page of slots that are counted through all pages."""
         return slots // self._cache.page_size, slots % self._cache.page_size
 
     def _attend_rows(self, q_BTHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, kv_lens_B: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ class Executor:
         self.binding, self.model, self.device = binding, binding.model, binding.model.device
         groups = [binding.spec]
         self.planner = Planner(groups, cache, self.device, backend)
-        self.cache = KVCache(len(binding.layers), binding.spec, cache, self.device)
+        self.num_layers = len(binding.layers)
+        self.cache = KVCache(self.num_layers, binding.spec, cache, self.device)
         binding.bind(self.cache)
         self.state = StepState(
             max_batch=ladder.max,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,11 +25,13 @@ from ..sampling import SamplingParams
 from ..spec import LAYOUTS
 from .engine import Engine
 from .executor import Executor
+from .explain import explain
 from .prompts import Checked, Prompt, PromptReader
 from .request import Delta, RequestOutput
 from .scheduler import Scheduler
 from .sizing import cache_spec, check_room, length_limit
 
+DECODE_OPTIONS = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 Progress = Callable[[str, int, int], None]
 
 
@@ -158,11 +162,14 @@ class LLM:
                 max_seq_len=self.max_seq_len,
             )
             self._executor.capture(lambda done, total: progress("capture", done, total))
+            vocab_size = model.get_input_embeddings().num_embeddings
         except BaseException:
             binding.detach()
             raise
         self.model, self.tokenizer = model, tokenizer
-        vocab_size = model.get_input_embeddings().num_embeddings
+        # An LLM that is dropped without close() must not leave the model attached, with nobody left to detach it.
+        self._finalizer = weakref.finalize(self, self._executor.close)
+        self._finalizer.atexit = False
         self._prompts = PromptReader(tokenizer, vocab_size=vocab_size, limit=limit, pool=self.pool)
         self._scheduler = Scheduler(self.pool, max_batch=max_batch, max_prefill_tokens=max_prefill_tokens)
         self._engine = Engine(
@@ -171,7 +178,7 @@ class LLM:
             max_seq_len=self.max_seq_len,
             # An id that cannot be drawn ends nothing, and could not be banned below min_tokens either.
             end_ids=[token_id for token_id in end_token_ids(model, tokenizer) if token_id < vocab_size],
-            decode=None if tokenizer is None else self._decode,
+            decode=None if tokenizer is None else partial(tokenizer.decode, **DECODE_OPTIONS),
         )
         self._outbox: deque[Delta] = deque()
         self._record_batches = None if record_batches is None else Path(record_batches)
@@ -274,26 +281,7 @@ class LLM:
 
     def explain(self) -> str:
         """What is in force: mode, backend, rope, ladder, pages, and how steps have run."""
-        run, step, planner = self._executor.runner, self._executor.step, self._executor.planner
-        spec, counts = self._executor.binding.spec, run.counts
-        buckets = ", ".join(f"{bucket} ({count} steps)" for bucket, count in run.bucket_steps().items())
-        mode = "captured in CUDA graphs" if run.uses_graphs else "eager (no CUDA graphs)"
-        compiled = f"compiled, {step.num_compiles} graphs" if step.compile else "not compiled"
-        return "\n".join(
-            (
-                f"decode      {mode}, {compiled}",
-                "prefill     eager, not compiled",
-                f"backend     {', '.join(backend.name for backend in planner.backends)} on {self._executor.device}",
-                f"layers      {len(self._executor.binding.layers)} x {spec}",
-                "rope        applied by the model, outside the op",
-                f"buckets     {buckets}; {run.ladder.waste(run.rows):.0%} of the rows computed were padding",
-                f"pages       {self.pool.num_usable} of {self.pool.page_size} tokens ({planner.cache.layout}), "
-                f"{self.pool.num_used} in use, {self.pool.num_cached} cached; max_seq_len {self.max_seq_len}",
-                f"steps       {counts['replay']} replayed, {counts['eager']} eager, {counts['guard']} stopped by the "
-                f"plan guard; {self._scheduler.num_preemptions} preemptions, {self.pool.num_hits} tokens from the "
-                "prefix cache",
-            )
-        )
+        return explain(self._executor, self._scheduler, self.max_seq_len)
 
     def ledger(self) -> Ledger:
         """Where the bytes are, from tensors, torch, the driver and NVML."""
@@ -307,8 +295,10 @@ class LLM:
 
     def close(self) -> None:
         """Aborts what runs, frees graphs and pages, and restores the model; does nothing the second time."""
+        if not self._finalizer.alive:
+            return
         self._engine.close()
-        self._executor.close()
+        self._finalizer()
         if self._record_batches is not None:
             steps = dict(sorted(self._executor.runner.rows.items()))
             document = {"schema_version": 1, "max_batch": self._scheduler.max_batch, "steps": steps}
@@ -319,9 +309,6 @@ class LLM:
 
     def __exit__(self, *exc_info) -> None:
         self.close()
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _drive(
         self, requests: list[Checked], stream: bool, progress: Callable[[int, int], None] | None

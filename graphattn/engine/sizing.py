@@ -72,6 +72,9 @@ def cache_spec(
 class _Nothing:
     """A plan under which attention gives zeros, to run a model that has no pages yet."""
 
+    def __init__(self, page_shape: tuple[int, int, int]):
+        self.page_shape = page_shape
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         return q.new_zeros(q.shape)
 
@@ -85,10 +88,12 @@ def _activation_bytes(binding: Binding, smallest: CacheSpec, num_tokens: int, nu
     positions = torch.arange(num_tokens, dtype=torch.int32, device=model.device) % (limit or num_tokens)
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
-    with torch.no_grad(), active_plans([_Nothing()]):
+    with torch.no_grad(), active_plans([_Nothing(smallest.page_shape(binding.spec))]):
         logits_RV = last_logits(model, ids, positions, positions[:num_rows].long())
-    row_bytes = logits_RV[0].nbytes
-    return torch.cuda.max_memory_allocated(model.device) - before + 2 * num_rows * row_bytes
+    row_bytes, peak = logits_RV[0].nbytes, torch.cuda.max_memory_allocated(model.device) - before
+    del logits_RV
+    torch.cuda.empty_cache()  # or the driver's free memory, read next, would count the activations as taken
+    return peak + 2 * num_rows * row_bytes
 
 
 def check_room(cache: CacheSpec, max_seq_len: int) -> None:

@@ -49,6 +49,18 @@ def attach(
     return Attachment(model, backend=backend, page_size=page_size, num_pages=num_pages)
 
 
+def detach(model: PreTrainedModel) -> None:
+    """Detaches a model whose handle is gone; `Attachment.detach()` for one that has lost it.
+
+    Raises:
+        InvalidArgumentError: the model is not attached by `attach`.
+    """
+    handle = getattr(getattr(vars(model).get("forward"), "func", None), "__self__", None)
+    if not isinstance(handle, Attachment):
+        raise InvalidArgumentError(f"{type(model).__name__} is not attached: there is nothing to detach")
+    handle.detach()
+
+
 class Attachment:
     """The handle that `attach` returns.
 
@@ -187,7 +199,7 @@ class _UnpaddedPlan:
     """A plan over the tokens of a padded batch: padding is neither appended nor attended, and comes out as zero."""
 
     def __init__(self, plan: Plan, indices_N: Tensor):
-        self._plan, self._indices_N = plan, indices_N
+        self._plan, self._indices_N, self.page_shape = plan, indices_N, plan.page_shape
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         out = q.new_zeros(q.shape)

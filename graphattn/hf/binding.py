@@ -56,7 +56,8 @@ class Binding:
             raise UnsupportedModelError(f"{type(model).__name__} is no transformers PreTrainedModel")
         if any(hasattr(module, LAYER) for module in model.modules()):
             raise UnsupportedModelError(
-                f"{type(model).__name__} is attached already: detach it first (an LLM does in close())"
+                f"{type(model).__name__} is attached already: detach it first (graphattn.hf.detach(model), or close() "
+                "of the LLM it runs in)"
             )
         refuse_config(model)
         self.model = model

@@ -39,6 +39,8 @@ class FlashInferBackend:
                 from . import private  # noqa: F401  refuses versions it was not written for
             except BackendError as error:
                 reasons.append(str(error))
+            except Exception as error:  # a broken install raises whatever its libraries do
+                reasons.append(f"importing it failed: {type(error).__name__}: {error}")
         if spec.head_dim not in HEAD_DIMS:
             reasons.append(f"head_dim {spec.head_dim}: it has kernels for {', '.join(map(str, HEAD_DIMS))}")
         if cache.dtype not in (torch.bfloat16, torch.float16):

@@ -14,7 +14,17 @@ from . import private
 from .paged import PagedPlan
 from .workspace import Workspace
 
-PAGES_AHEAD = 8  # a plan looks this many pages ahead at most, and an eighth of the row's
+STEPS_FROM = torch.tensor([16, 32, 64], dtype=torch.int32)  # pages from which a plan looks ahead by 2, 4, 8 pages
+
+
+def planned_pages(pages_B: Tensor, max_pages: int) -> Tensor:
+    """Pages that rows of `pages_B` are planned for: the next multiple of 1, 2, 4 or 8, an eighth of the row's at most.
+
+    A function of the step alone and not of the steps before it, so that a row's split, and with it its bits, do not
+    depend on what else ran.
+    """
+    step_B = torch.bitwise_left_shift(1, torch.bucketize(pages_B, STEPS_FROM, out_int32=True, right=True))
+    return (-(-pages_B // step_B) * step_B).clamp(max=max_pages)
 
 
 class DecodePlan(PagedPlan):
@@ -22,8 +32,8 @@ class DecodePlan(PagedPlan):
 
     The kernel reads lengths and pages from the state's device buffers; the host plan only splits the work, and in graph
     mode its `plan_info` depends on the bucket alone. With one query token a row, a plan for more pages than a row has
-    is right too: chunks beyond its length come out empty (prefill.cuh clamps them to the length it reads). So a plan
-    looks ahead, and is kept until a row outgrows it or another row, shorter than was planned for, takes its place.
+    is right too: chunks beyond its length come out empty (prefill.cuh clamps them to the length it reads). So rows are
+    planned for by `planned_pages`, and again only when that changes.
     """
 
     def __init__(
@@ -53,7 +63,7 @@ class DecodePlan(PagedPlan):
         with self._fence:
             # The one full plan, which picks the kernel; later ones reuse it and write no page table.
             wrapper.plan(*self._rows(self._full(bucket)), *self._shape, **self._options)
-        self._least_B = self._most_B = torch.zeros(bucket, dtype=torch.int32)
+        self._planned_B = torch.zeros(bucket, dtype=torch.int32)
 
     @property
     def signature(self) -> tuple:
@@ -61,13 +71,15 @@ class DecodePlan(PagedPlan):
 
     def plan(self, batch: Batch) -> None:
         pages_B = self._read(batch).indptr_B1.diff()
-        if torch.all((self._least_B <= pages_B) & (pages_B <= self._most_B)):
+        planned_B = planned_pages(pages_B, self._max_pages)
+        if torch.equal(planned_B, self._planned_B):
             return
-        ahead_B = (pages_B // 8).clamp(1, PAGES_AHEAD)
-        self._least_B, self._most_B = pages_B, (pages_B + ahead_B).clamp(max=self._max_pages)
-        rows = self._rows(self._most_B)
+        rows = self._rows(planned_B)
+        # If planning is interrupted, the work list on the device may be neither plan's.
+        self._planned_B = torch.zeros_like(planned_B)
         with self._fence:
             fast_decode_plan(self._wrapper, *rows, *self._shape, **self._options, global_override_indptr_cpu=rows[0])
+        self._planned_B = planned_B
 
     def _full(self, bucket: int) -> Tensor:
         return torch.full((bucket,), self._max_pages, dtype=torch.int32)

@@ -18,7 +18,7 @@ class PagedPlan:
 
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, wrapper):
         self._group, self._wrapper, self._fence = group, wrapper, PlanFence(wrapper.device)
-        self._layout = cache.layout
+        self._layout, self.page_shape = cache.layout, cache.page_shape(spec)
         self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, cache.page_size)
         self._options = {
             "window_left": -1 if spec.window is None else spec.window - 1,

@@ -27,6 +27,7 @@ class PrefillPlan(PagedPlan):
         sizes = self._wrapper.workspace_size(*rows, *self._shape, **options)
         with self._fence:
             if any(needed > held for needed, held in zip(sizes, self._sizes, strict=True)):
-                self._sizes = tuple(max(pair) for pair in zip(sizes, self._sizes, strict=True))
-                self._workspace.fit(self._wrapper, self._sizes)
+                sizes = tuple(max(pair) for pair in zip(sizes, self._sizes, strict=True))
+                self._workspace.fit(self._wrapper, sizes)
+                self._sizes = sizes
             self._wrapper.plan(*rows, *self._shape, **options)

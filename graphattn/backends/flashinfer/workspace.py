@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ class Workspace:
     def __init__(self, device: torch.device):
         self.device = device
         self._float = self._empty(FLOAT_ALIGNMENT)
-        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+        self._held: WeakKeyDictionary[object, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def _empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -38,9 +40,10 @@ class Workspace:
         A larger float buffer replaces the shared one for wrappers to come; captured graphs keep the one they hold.
         """
         float_bytes, int_bytes = (-(-max(size, 1) // FLOAT_ALIGNMENT) * FLOAT_ALIGNMENT for size in sizes)
+        ints = self._empty(int_bytes)
         if float_bytes > self._float.nbytes:
             self._float = self._empty(float_bytes)
-        self._held[id(wrapper)] = buffers = (self._float, self._empty(int_bytes))
+        self._held[wrapper] = buffers = (self._float, ints)
         wrapper.reset_workspace_buffer(*buffers)
 
 

@@ -233,9 +233,9 @@ def _with_logprobs(sampled: Sampled, logits: Tensor, rows: Sequence[RowSampling]
         return sampled
     (num_rows, vocab), device = logits.shape, logits.device
     k = min(max(rows[i].params.logprobs for i in asked), vocab)
-    sampled.logprobs = torch.full((num_rows,), math.nan, device=device)
+    sampled.logprobs = torch.full((num_rows,), math.nan, dtype=torch.float32, device=device)
     sampled.top_ids = torch.full((num_rows, k), -1, dtype=torch.int64, device=device)
-    sampled.top_logprobs = torch.full((num_rows, k), math.nan, device=device)
+    sampled.top_logprobs = torch.full((num_rows, k), math.nan, dtype=torch.float32, device=device)
     for index, _, x_RV in _blocks(logits, asked, rows):
         peak_R1 = x_RV.amax(-1, keepdim=True)
         weight_RV, bits = _weights(x_RV, peak_R1, vocab)

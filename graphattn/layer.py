@@ -97,6 +97,8 @@ class Attention(nn.Module):
                 raise InvalidArgumentError(
                     f"{name} is {tuple(tensor.shape)}: the layer takes [tokens, {heads}, {spec.head_dim}]"
                 )
+        if not q.shape[0] == k.shape[0] == v.shape[0]:
+            raise InvalidArgumentError(f"q has {q.shape[0]} tokens, k {k.shape[0]}, v {v.shape[0]}: make them equal")
         return torch.ops.graphattn.attend(q, k, v, self.k_cache, self.v_cache, self.group)
 
     def extra_repr(self) -> str:

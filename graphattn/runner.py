@@ -92,6 +92,13 @@ class DecodeRunner:
             raise InvalidArgumentError(
                 f"the ladder ends at {ladder.max}, the state holds {state.max_batch} rows: make them equal"
             )
+        for what, ours, theirs in (
+            ("page_size", state.page_size, planner.cache.page_size),
+            ("layer groups", state.groups, planner.groups),
+            ("device", state.device.type, planner.device.type),
+        ):
+            if ours != theirs:
+                raise InvalidArgumentError(f"the state has {what} {ours}, the planner {theirs}: make them equal")
         if capture not in CAPTURE_MODES:
             raise InvalidArgumentError(f"capture={capture!r}: choose {' or '.join(CAPTURE_MODES)}")
         self.uses_graphs = state.device.type == "cuda" and not enforce_eager
@@ -199,10 +206,11 @@ class DecodeRunner:
                 )
 
     def close(self) -> None:
-        """Frees the graphs and the outputs; nothing can be run any more."""
+        """Frees the graphs and lets go of every buffer; nothing can be run any more."""
         self._is_closed = True
         self._buckets.clear()
         self._outputs = ()
+        del self.state, self.planner
 
     def _prepare(self, bucket: int) -> _Bucket:
         if self._is_closed:

@@ -30,7 +30,7 @@ class _Staging:
 
     def __init__(self, sizes: Sequence[int], device: torch.device):
         pinned = device.type == "cuda"
-        self.tensors = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for size in sizes]
+        self.tensors = [torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=pinned) for size in sizes]
         self.arrays = [tensor.numpy() for tensor in self.tensors]
         self.copied = torch.cuda.Event() if pinned else None
 
@@ -93,7 +93,7 @@ class StepState:
         self._ring = [_Staging(sizes, self.device) for _ in range(RING_DEPTH)]
         self._turn = 0
         self._rows = torch.arange(max_batch, dtype=torch.int32, device=self.device)
-        self._qo_indptr_host = torch.arange(max_batch + 1, dtype=torch.int32)
+        self._qo_indptr_host = torch.arange(max_batch + 1, dtype=torch.int32, device="cpu")
 
     @property
     def num_bytes(self) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import gc
+import threading
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -400,6 +403,32 @@ def test_two_attached_models_take_turns():
     assert all(map(torch.equal, tokens, before))
 
 
+def test_threads_take_turns_on_one_attached_model():
+    model, inputs = make(), ragged(6, 3, 9)
+    before = generate(model, inputs)
+    results = []
+    with attach(model, page_size=PAGE):
+
+        def run():
+            with torch.no_grad():
+                results.extend(generate(model, inputs) for _ in range(4))
+
+        threads = [threading.Thread(target=run) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(results) == 12 and all(torch.equal(result, before) for result in results)
+
+
+def test_a_model_of_the_attached_models_config_says_what_is_wrong():
+    model = make()
+    with attach(model):
+        other = type(model)(model.config).eval()
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention has attn_implementation='graphattn' and was not"):
+        other(torch.tensor([[1]]))
+
+
 def test_another_model_of_the_same_config_is_unchanged():
     model = make()
     other = type(model)(model.config).eval()
@@ -625,7 +654,9 @@ GPTJ = {"n_layer": 2, "n_head": 4, "n_embd": 64, "rotary_dim": 8}
 MODELS = {
     "no model of transformers": (lambda: torch.nn.Linear(2, 2), "Linear is no transformers PreTrainedModel"),
     "training": (lambda: tiny("llama").train(), "training mode: call model.eval"),
-    "encoder-decoder": (lambda: T5ForConditionalGeneration(T5Config(**SIZES)).eval(), "is an encoder-decoder"),
+    "encoder-decoder": (lambda: T5ForConditionalGeneration(T5Config(**SIZES)).eval(), "attends to an encoder"),
+    "cross-attention": (lambda: tiny("gpt2", add_cross_attention=True, n_layer=2, n_head=4), "attends to an encoder"),
+    "with a vision tower": (lambda: _seeing(), r"has parts besides its decoder \(vision_config\)"),
     "encoder": (
         lambda: BertLMHeadModel(BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)).eval(),
         "layer 0 is not causal",
@@ -662,6 +693,14 @@ MODELS = {
         "rope type longrope",
     ),
 }
+
+
+def _seeing() -> PreTrainedModel:
+    """A composite model, whose images would change masks."""
+    text = tiny("gemma3_text").config
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    return Gemma3ForConditionalGeneration(config).eval()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,6 +7,7 @@ import gc
 import json
 import random
 import re
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from graphattn import (
     LLM,
     BackendError,
+    BlockTable,
     InvalidArgumentError,
     InvalidRequestError,
     OutOfPagesError,
@@ -340,9 +342,10 @@ def test_end_tokens_end_unless_they_are_ignored_or_come_too_early(source: str) -
     assert (ignored.token_ids, ignored.finish_reason) == (whole, "length")
 
 
-def test_an_end_token_outside_the_vocabulary_ends_nothing() -> None:
+@pytest.mark.parametrize("token_id", [5000, -1])
+def test_an_end_token_outside_the_vocabulary_ends_nothing(token_id: int) -> None:
     """Some configs name one; below min_tokens it would be banned, and there is nothing to ban."""
-    with LLM(small(eos_token_id=5000), max_batch=2, num_pages=40) as llm:
+    with LLM(small(eos_token_id=token_id), max_batch=2, num_pages=40) as llm:
         (output,) = llm.generate([PROMPTS[6]], greedy(9, min_tokens=5))
         assert output.token_ids == expected("small", PROMPTS[6], 9)
 
@@ -447,6 +450,12 @@ def test_text_prompts_and_chat() -> None:
         assert "".join(delta.text for delta in llm.chat(messages, greedy(5), stream=True)) == answer.text
         with pytest.raises(TypeError, match="temperature"):
             llm.chat(messages, temperature=0)
+        assert llm.chat([]) == []
+        for wrong in (None, [[]], "Hi"):
+            with pytest.raises(InvalidRequestError, match="chat takes messages like"):
+                llm.chat(wrong)
+        with pytest.raises(InvalidRequestError, match="template refused the messages: KeyError: 'content'"):
+            llm.chat([{"role": "user"}])
 
 
 # Requests that come and go
@@ -747,6 +756,9 @@ def test_pages_held_outside_the_engine_are_named() -> None:
         ({"max_batch": 0}, InvalidArgumentError, "max_batch=0"),
         ({"max_batch": 2.5}, InvalidArgumentError, "max_batch=2.5: it must be an int"),
         ({"buckets": ["2"]}, InvalidArgumentError, "batch size '2': it must be an int"),
+        ({"memory_fraction": 2}, InvalidArgumentError, "memory_fraction=2: it must be above 0 and at most 1"),
+        ({"page_size": 16.0}, InvalidArgumentError, "page_size=16.0: it must be an int"),
+        ({"tokenizer": 5}, InvalidArgumentError, "tokenizer is a int"),
         ({"max_seq_len": 0}, InvalidArgumentError, "max_seq_len=0"),
         ({"max_seq_len": 513}, InvalidArgumentError, "max_seq_len=513: the model's positions end at 512"),
         ({"max_prefill_tokens": 0}, InvalidArgumentError, "max_prefill_tokens=0"),
@@ -937,6 +949,70 @@ def test_an_engine_that_is_dropped_leaves_the_model_as_it_was() -> None:
     gc.collect()
     assert model.config is config
     LLM(model, max_batch=2, num_pages=40).close()
+
+
+def test_close_gives_the_pages_back_while_the_engine_is_still_held() -> None:
+    model = small()
+    with LLM(model, max_batch=2, num_pages=40) as llm:
+        llm.generate(PROMPTS[0], greedy(2))
+        held = [weakref.ref(tensor) for pair in llm._executor.cache.layers for tensor in pair]
+        held += [weakref.ref(llm._executor.runner.state), weakref.ref(llm._executor.runner.planner)]
+    gc.collect()
+    assert not any(ref() is not None for ref in held)
+    for call in (llm.explain, llm.ledger):
+        with pytest.raises(InvalidArgumentError, match="the LLM is closed"):
+            call()
+
+
+def test_close_detaches_whatever_happens_while_requests_are_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    config, llm = model.config, LLM(model, max_batch=2, num_pages=40)
+    llm.add_request(PROMPTS[0], greedy())
+    with monkeypatch.context() as patched:
+        patched.setattr(BlockTable, "release", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.close()
+    assert model.config is config
+    llm.close()
+
+
+def _interrupt(*args) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_model_set_to_another_implementation_is_noticed() -> None:
+    model = small()
+    with LLM(model, max_batch=2, num_pages=40) as llm:
+        model.set_attn_implementation("eager")
+        with pytest.raises(InvalidArgumentError, match="set to attn_implementation='eager' while an LLM runs it"):
+            llm.generate(PROMPTS[0], greedy(2))
+        model.set_attn_implementation("graphattn")
+        assert llm.generate(PROMPTS[5], greedy())[0].token_ids == expected("small", PROMPTS[5], 12)
+
+
+@pytest.mark.parametrize("family", ["bart", "llama4_text"])
+def test_models_with_positions_by_place_are_refused(family: str) -> None:
+    """Their tokens cannot share a row with other requests'; bart reads no position_ids, Llama 4 scales by the place."""
+    own = {
+        "bart": {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96},
+        "llama4_text": {"layer_types": ["full_attention"] * 2, "no_rope_layers": [0, 0], "num_local_experts": 2},
+    }
+    options = {"is_decoder": True, "is_encoder_decoder": False, "forced_eos_token_id": None}
+    model = tiny(family, **own[family], **(options if family == "bart" else {}))
+    with pytest.raises(UnsupportedModelError, match="takes positions from a token's place in the row"):
+        LLM(model, max_batch=2, num_pages=40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_the_default_dtype_and_device_are_no_matter(dtype: torch.dtype) -> None:
+    model = small()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"), LLM(model, max_batch=2, num_pages=40) as llm:
+            output = llm.generate(PROMPTS[5], greedy(logprobs=1))[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert output.token_ids == expected("small", PROMPTS[5], 12)
 
 
 def test_ledger_counts_weights_pages_and_buffers() -> None:

@@ -169,7 +169,7 @@ def test_compiled_step_copies_no_cache(bucket: int) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_transformers_step_compiles_twice(family: str) -> None:
     torch._dynamo.reset()
-    binding = Binding(tiny(family, dtype=torch.float32))
+    binding = Binding(tiny(family, dtype=torch.float32), packs=True)
     cache = CacheSpec(num_pages=64, dtype=torch.float32)
     held = KVCache(len(binding.layers), binding.spec, cache, "cpu")
     binding.bind(held)
@@ -195,7 +195,7 @@ def test_compiled_models_do_not_share_dynamos_limit_and_go_when_dropped(monkeypa
     torch._dynamo.reset()
     alive = []
     for _ in range(6):
-        binding = Binding(tiny("llama", dtype=torch.float32, num_layers=1))
+        binding = Binding(tiny("llama", dtype=torch.float32, num_layers=1), packs=True)
         cache = CacheSpec(num_pages=8, dtype=torch.float32)
         binding.bind(KVCache(1, binding.spec, cache, "cpu"))
         state = StepState(max_batch=2, max_seq_len=16, page_size=16, groups=[binding.spec], device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny
 
 from graphattn import LLM, ModelFileError, SamplingParams
 
@@ -106,3 +108,21 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
         LLM(tmp_path / "nothing", device="cpu")
     with pytest.raises(ModelFileError, match="does not exist"):
         LLM(tmp_path / "nothing.gguf", device="cpu")
+
+
+def test_a_folder_that_lacks_weights_is_not_served(tmp_path: Path) -> None:
+    model = tiny("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, words in (
+        ({"num_hidden_layers": 3}, r"lacks \d+ weights that its config asks for \(model.layers.2"),
+        ({"hidden_size": 32}, "cannot be loaded: RuntimeError"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ModelFileError, match=words):
+            LLM(tmp_path, device="cpu")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelFileError, match="cannot be loaded: SafetensorError"):
+        LLM(tmp_path, device="cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -221,10 +223,21 @@ def test_what_no_runner_is(monkeypatch) -> None:
         DecodeRunner(lambda t, p: t, new_state(), Planner([SPEC], CACHE, "cpu"), ladder=BucketLadder([4]))
 
 
+def test_parts_that_disagree() -> None:
+    state, ladder = new_state(), BucketLadder([6])
+    for planner, words in (
+        (Planner([SPEC], replace(CACHE, page_size=8), "cpu"), "the state has page_size 4, the planner 8"),
+        (Planner([replace(SPEC, window=3)], CACHE, "cpu"), "the state has layer groups"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=words):
+            DecodeRunner(lambda t, p: t, state, planner, ladder=ladder)
+
+
 def test_the_reference_is_not_captured(monkeypatch) -> None:
     """As on CUDA, where the reference's plan makes tensors of the rows' lengths."""
-    state = new_state()
-    monkeypatch.setattr(state, "device", torch.device("cuda"))
+    state, planner = new_state(), Planner([SPEC], CACHE, "cpu")
+    for part in (state, planner):
+        monkeypatch.setattr(part, "device", torch.device("cuda"))
     assert not ReferenceBackend.capturable
     with pytest.raises(BackendError, match="backend reference cannot run inside a CUDA graph: pass enforce_eager=True"):
-        DecodeRunner(lambda t, p: t, state, Planner([SPEC], CACHE, "cpu"), ladder=BucketLadder([6]))
+        DecodeRunner(lambda t, p: t, state, planner, ladder=BucketLadder([6]))

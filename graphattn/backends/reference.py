@@ -49,7 +49,7 @@ class ReferencePlan:
     def plan(self, batch: Batch) -> None:
         csr, device, page_size = batch.groups_host[self._group], batch.token_ids_N.device, self._cache.page_size
         kv_lens, query_lens = csr.kv_lens(page_size).tolist(), batch.qo_indptr_B1.diff().tolist()
-        in_page = torch.arange(page_size)
+        in_page = torch.arange(page_size, device="cpu")
         slots_of_row = [
             (pages.long()[:, None] * page_size + in_page).flatten()[:length]
             for pages, length in zip(csr.indices_P.split(csr.indptr_B1.diff().tolist()), kv_lens, strict=True)

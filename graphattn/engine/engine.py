@@ -86,7 +86,7 @@ class Engine:
         """
         if not self._requests:
             return
-        self._executor.check_weights()
+        self._executor.check_model()
         schedule = self._scheduler.schedule()
         if schedule.prefill:
             chunks = schedule.prefill
@@ -100,7 +100,7 @@ class Engine:
         Raises:
             InvalidRequestError: no unfinished request has that id.
         """
-        if request_id not in self._requests:
+        if not isinstance(request_id, int) or request_id not in self._requests:
             raise InvalidRequestError(f"request {request_id!r} is not in the engine: it has ended, or never was")
         for request in list(self._requests[request_id]):
             self._end(request, "abort")

@@ -12,7 +12,7 @@ from ..buckets import BucketLadder
 from ..cache import KVCache
 from ..draw import Sampled, sample
 from ..errors import CaptureError, InvalidArgumentError
-from ..hf.binding import Binding
+from ..hf.binding import IMPLEMENTATION, Binding
 from ..layer import Attention
 from ..memory import tensor_bytes
 from ..ops import active_plans
@@ -90,7 +90,7 @@ class Executor:
             page_size=self.state.page_size,
             device=self.device,
         )
-        complete = torch.tensor([chunk.completes for chunk in chunks])
+        complete = torch.tensor([chunk.completes for chunk in chunks], device="cpu")
         last = batch.qo_indptr_B1[1:][complete].long() - 1
         if not len(last):
             last = batch.qo_indptr_B1[-1:].long() - 1  # its logits are computed for nobody
@@ -122,14 +122,28 @@ class Executor:
         for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
             if name not in own:
                 raise InvalidArgumentError(f"weight {name!r}: the model has none of that name")
+            if not isinstance(tensor, Tensor):
+                raise InvalidArgumentError(f"weight {name!r} is a {type(tensor).__name__}: give a torch.Tensor")
             if own[name].shape != tensor.shape:
                 raise InvalidArgumentError(
                     f"weight {name!r} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
                 )
+            if tensor.is_floating_point() != own[name].is_floating_point():
+                raise InvalidArgumentError(f"weight {name!r} is {tensor.dtype}, the model's is {own[name].dtype}")
             own[name].copy_(tensor)
 
-    def check_weights(self) -> None:
-        """Raises CaptureError if a weight no longer lies where captured steps read it."""
+    def check_model(self) -> None:
+        """Raises what says that the model is no longer the one that was attached and captured.
+
+        Raises:
+            InvalidArgumentError: its attention implementation was changed.
+            CaptureError: a weight no longer lies where captured steps read it.
+        """
+        if self.binding.implementation != IMPLEMENTATION:
+            raise InvalidArgumentError(
+                f"the model was set to attn_implementation={self.binding.implementation!r} while an LLM runs it: set "
+                f"it back to {IMPLEMENTATION!r}, or close the LLM first"
+            )
         if not self.runner.uses_graphs:
             return
         replaced = any(children.get(name) is not child for children, name, child in self._children)
@@ -149,10 +163,12 @@ class Executor:
         }
 
     def close(self) -> None:
-        """Frees graphs and pages and restores the model."""
+        """Frees graphs, pages and buffers, and restores the model."""
         self.runner.close()
         self.binding.detach()
         self.cache.layers.clear()
+        self._weights, self._children, self._addresses = [], [], []
+        del self.planner, self.state, self._prefill_plan
 
     def _read_addresses(self) -> list[int]:
         return [tensors[name].data_ptr() for tensors, name in self._weights]

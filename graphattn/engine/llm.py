@@ -19,10 +19,8 @@ from ..hf.binding import Binding
 from ..hf.load import end_token_ids, load_model
 from ..memory import Ledger, ledger
 from ..pages import PagePool
-from ..plan import BACKENDS
-from ..runner import CAPTURE_MODES
 from ..sampling import SamplingParams
-from ..spec import LAYOUTS
+from .arguments import check_arguments, vocab_size_of
 from .engine import Engine
 from .executor import Executor
 from .explain import explain
@@ -102,19 +100,20 @@ class LLM:
         progress: Progress | None = None,
     ):
         ladder = BucketLadder.default(max_batch) if buckets is None else BucketLadder(buckets, max_batch)
-        for name, value in (("max_seq_len", max_seq_len), ("max_prefill_tokens", max_prefill_tokens)):
-            if value is not None and value < 1:
-                raise InvalidArgumentError(f"{name}={value}: it must be at least 1")
-        if compile not in (True, False, "auto"):
-            raise InvalidArgumentError(f"compile={compile!r}: choose True, False or 'auto'")
-        if capture not in CAPTURE_MODES:
-            raise InvalidArgumentError(f"capture={capture!r}: choose {' or '.join(CAPTURE_MODES)}")
-        if backend != "auto" and backend not in BACKENDS:
-            raise InvalidArgumentError(f"backend={backend!r}: choose auto, {' or '.join(BACKENDS)}")
-        if layout not in ("auto", *LAYOUTS):
-            raise InvalidArgumentError(f"layout={layout!r}: choose auto, {' or '.join(LAYOUTS)}")
-        if num_pages is not None and kv_bytes is not None:
-            raise InvalidArgumentError(f"num_pages={num_pages} and kv_bytes={kv_bytes}: give one of them")
+        check_arguments(
+            model=model,
+            tokenizer=tokenizer,
+            backend=backend,
+            compile=compile,
+            capture=capture,
+            layout=layout,
+            memory_fraction=memory_fraction,
+            max_seq_len=max_seq_len,
+            max_prefill_tokens=max_prefill_tokens,
+            page_size=page_size,
+            num_pages=num_pages,
+            kv_bytes=kv_bytes,
+        )
         progress = progress or (lambda stage, done, total: None)
         progress("load", 0, 1)
         if isinstance(model, nn.Module):
@@ -127,7 +126,7 @@ class LLM:
             model, loaded = load_model(model, dtype=dtype, device=device, with_tokenizer=tokenizer is None)
             tokenizer = tokenizer or loaded
         progress("load", 1, 1)
-        binding = Binding(model)
+        binding = Binding(model, packs=True)
         try:
             if kv_dtype not in (None, model.dtype):
                 raise InvalidArgumentError(
@@ -162,7 +161,7 @@ class LLM:
                 max_seq_len=self.max_seq_len,
             )
             self._executor.capture(lambda done, total: progress("capture", done, total))
-            vocab_size = model.get_input_embeddings().num_embeddings
+            vocab_size = vocab_size_of(model)
         except BaseException:
             binding.detach()
             raise
@@ -177,7 +176,7 @@ class LLM:
             self._scheduler,
             max_seq_len=self.max_seq_len,
             # An id that cannot be drawn ends nothing, and could not be banned below min_tokens either.
-            end_ids=[token_id for token_id in end_token_ids(model, tokenizer) if token_id < vocab_size],
+            end_ids=[token_id for token_id in end_token_ids(model, tokenizer) if 0 <= token_id < vocab_size],
             decode=None if tokenizer is None else partial(tokenizer.decode, **DECODE_OPTIONS),
         )
         self._outbox: deque[Delta] = deque()
@@ -281,10 +280,12 @@ class LLM:
 
     def explain(self) -> str:
         """What is in force: mode, backend, rope, ladder, pages, and how steps have run."""
+        self._check_open()
         return explain(self._executor, self._scheduler, self.max_seq_len)
 
     def ledger(self) -> Ledger:
         """Where the bytes are, from tensors, torch, the driver and NVML."""
+        self._check_open()
         parts = self._executor.parts()
         if not self._executor.runner.uses_graphs:
             return ledger(self._executor.device, parts)
@@ -297,12 +298,18 @@ class LLM:
         """Aborts what runs, frees graphs and pages, and restores the model; does nothing the second time."""
         if not self._finalizer.alive:
             return
-        self._engine.close()
-        self._finalizer()
+        try:
+            self._engine.close()
+        finally:
+            self._finalizer()
         if self._record_batches is not None:
             steps = dict(sorted(self._executor.runner.rows.items()))
             document = {"schema_version": 1, "max_batch": self._scheduler.max_batch, "steps": steps}
             self._record_batches.write_text(json.dumps(document) + "\n")
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise InvalidArgumentError("the LLM is closed, its pages and graphs are freed: make a new one")
 
     def __enter__(self) -> LLM:
         return self

@@ -86,13 +86,19 @@ class PromptReader:
             raise InvalidRequestError("chat needs a tokenizer with a chat template: pass tokenizer=, or use generate")
         one = isinstance(messages, Sequence) and messages and isinstance(messages[0], Mapping)
         conversations = [messages] if one else messages
-        if isinstance(messages, (str, Mapping)) or not all(map(_is_conversation, conversations)):
+        no_list = not isinstance(messages, Sequence) or isinstance(messages, str)
+        if no_list or not all(map(_is_conversation, conversations)):
             raise InvalidRequestError(
                 'chat takes messages like [{"role": "user", "content": "..."}], or a list of such lists; text goes to '
                 "generate"
             )
         options = {"add_generation_prompt": True, "tokenize": False}
-        texts = [self._tokenizer.apply_chat_template(conversation, **options) for conversation in conversations]
+        try:
+            texts = [self._tokenizer.apply_chat_template(conversation, **options) for conversation in conversations]
+        except Exception as error:  # a template is a program of the model's, and raises what it likes
+            raise InvalidRequestError(
+                f"the chat template refused the messages: {type(error).__name__}: {error}"
+            ) from error
         return [self._encode(text, "the conversation", add_special_tokens=False) for text in texts]
 
     def _encode(self, text: str, name: str, **options) -> list[int]:
@@ -109,7 +115,8 @@ class PromptReader:
 
 
 def _is_conversation(messages: object) -> bool:
-    return isinstance(messages, Sequence) and all(isinstance(message, Mapping) for message in messages)
+    is_list = isinstance(messages, Sequence) and len(messages) > 0
+    return is_list and all(isinstance(message, Mapping) for message in messages)
 
 
 def _refuse_kind(name: str, prompt: object) -> None:

@@ -60,10 +60,9 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Takes a request out, wherever it is, and its pages back."""
-        if request in self.running:
-            self.running.remove(request)
-        else:
-            self.waiting.remove(request)
+        for queue in (self.running, self.waiting):
+            if request in queue:
+                queue.remove(request)
         request.table.release()
 
     def schedule(self) -> Schedule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class Attachment:
 
     While it is attached, calls of the model raise InvalidArgumentError for what is not served (training, grad, masks
     other than padding, caches of other kinds, attention weights) and OutOfPagesError beyond `num_pages`; a call that
-    raises leaves the cache it was given as it was.
+    raises leaves the cache it was given as it was. Threads may share the model; their calls take turns.
 
     Attributes:
         model: the attached model.
@@ -76,7 +77,8 @@ class Attachment:
 
     def __init__(self, model: PreTrainedModel, *, backend: str, page_size: int, num_pages: int | None):
         self.model = model
-        self._binding = Binding(model)
+        self._binding = Binding(model, packs=False)
+        self._calls = _CallLock()
         try:
             self._pool: GrowingPool | None = GrowingPool(self._binding, page_size=page_size, num_pages=num_pages)
             planner = Planner([self._binding.spec], self._pool.cache.cache, model.device, backend)
@@ -104,6 +106,7 @@ class Attachment:
         else:
             del self.model.forward
         self._binding.detach()
+        self._pool.cache.layers.clear()  # a past_key_values that is still held must not keep the bytes
         self._pool = self._plan = None
 
     def __enter__(self) -> Attachment:
@@ -117,7 +120,11 @@ class Attachment:
         return f"Attachment({type(self.model).__name__}, {state})"
 
     def _forward_on_pages(self, *args, **kwargs):
-        """The model's forward, its rows in pages and under a plan."""
+        """The model's forward, its rows in pages and under a plan; one call at a time, whatever the thread."""
+        with self._calls.lock:
+            return self._forward_alone(*args, **kwargs)
+
+    def _forward_alone(self, *args, **kwargs):
         if args:
             self._signature.bind(*args, **kwargs)  # a TypeError where the model's own forward would raise it
             kwargs = {**self._signature.bind_partial(*args).arguments, **kwargs}
@@ -151,7 +158,7 @@ class Attachment:
             )
         if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
             raise InvalidArgumentError("output_attentions: attention weights are never formed; ask for none, or detach")
-        implementation = model.config.get_text_config()._attn_implementation
+        implementation = self._binding.implementation
         if implementation != IMPLEMENTATION or self.layers[0].k_cache is not self._pool.cache.layers[0][0]:
             raise InvalidArgumentError(
                 f"the model was moved, cast or set to attn_implementation={implementation!r} after attach: detach, do "
@@ -195,6 +202,16 @@ class Attachment:
         return [_UnpaddedPlan(group, indices_N) for group in groups]
 
 
+class _CallLock:
+    """A lock that a copy of the model has anew."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+
+    def __reduce__(self):
+        return (_CallLock, ())
+
+
 class _UnpaddedPlan:
     """A plan over the tokens of a padded batch: padding is neither appended nor attended, and comes out as zero."""
 
@@ -218,7 +235,7 @@ def _valid(mask: Tensor | None, cache: PagedCache, num_columns: int) -> Tensor:
     """
     shape = (cache.batch_size, cache.num_columns + num_columns)
     if mask is None:
-        mask = torch.ones(shape, dtype=torch.bool)
+        mask = torch.ones(shape, dtype=torch.bool, device="cpu")
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise InvalidArgumentError(f"attention_mask is {found}: only a {shape} mask of 0 and 1 (padding) is served")
@@ -232,7 +249,7 @@ def _valid(mask: Tensor | None, cache: PagedCache, num_columns: int) -> Tensor:
             f"attention_mask changes earlier columns of rows {changed_B.nonzero().flatten().tolist()}: go on with "
             "the mask of the earlier calls; what is cached cannot be masked or unmasked"
         )
-    num_runs_B = (valid_BC.int().diff(dim=1, prepend=torch.zeros(shape[0], 1, dtype=torch.int)) == 1).sum(1)
+    num_runs_B = (valid_BC.int().diff(dim=1, prepend=valid_BC.new_zeros(shape[0], 1).int()) == 1).sum(1)
     if (num_runs_B > 1).any():
         raise InvalidArgumentError(
             f"attention_mask of rows {(num_runs_B > 1).nonzero().flatten().tolist()} has padding between tokens, which "

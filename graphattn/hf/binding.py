@@ -10,7 +10,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from ..cache import KVCache
 from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..layer import Attention
-from .probe import PROBE, probe, refuse_config, shared_spec
+from .probe import PROBE, PROBE_UNMASKED, probe, refuse_config, refuse_positions_by_place, shared_spec
 
 # A name with "flash" in it would be taken for flash_attn (transformers utils/generic.py, is_flash_attention_requested).
 IMPLEMENTATION = "graphattn"
@@ -24,8 +24,14 @@ def _attention(module, query, key, value, attention_mask, **arguments):
             f"an attention mask of shape {tuple(attention_mask.shape)} reached the layer: it attends causally over "
             "each row's own tokens; pass a [batch, tokens] mask of 0 and 1, or none"
         )
+    layer = getattr(module, LAYER, None)
+    if layer is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has attn_implementation={IMPLEMENTATION!r} and was not attached (part of a model "
+            "that is, or built from its config): attach it, or set another implementation"
+        )
     packed = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-    out = getattr(module, LAYER)(*packed)
+    out = layer(*packed)
     return out.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
@@ -41,6 +47,7 @@ class Binding:
 
     Args:
         model: a decoder of transformers, in eval mode.
+        packs: whether tokens of several requests will share a row.
 
     Attributes:
         model: the model.
@@ -51,7 +58,7 @@ class Binding:
         UnsupportedModelError: the model's attention does something this layer does not serve; names it.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, *, packs: bool):
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedModelError(f"{type(model).__name__} is no transformers PreTrainedModel")
         if any(hasattr(module, LAYER) for module in model.modules()):
@@ -67,6 +74,9 @@ class Binding:
             self._implement(PROBE)
             calls = probe(model)
             self.spec = shared_spec(model, calls)
+            if packs:
+                self._implement(PROBE_UNMASKED)
+                refuse_positions_by_place(model)
         except BaseException:
             self.detach()
             raise
@@ -87,6 +97,11 @@ class Binding:
         """Gives every layer its pages."""
         for layer, pages in zip(self.layers, cache.layers, strict=True):
             layer.bind(*pages)
+
+    @property
+    def implementation(self) -> str:
+        """The attention implementation that the model runs under now."""
+        return self.model.config.get_text_config()._attn_implementation
 
     def detach(self) -> None:
         """Restores the model exactly; does nothing the second time."""

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelFileError
@@ -48,11 +49,16 @@ def load_model(
         raise ModelFileError(f"{path} does not exist: give a model folder, a .gguf file or a name on the hub")
     target = str(path) if path.exists() else str(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype or "auto")
+        model, info = AutoModelForCausalLM.from_pretrained(target, dtype=dtype or "auto", output_loading_info=True)
         has_tokenizer = not path.is_dir() or any(list(path.glob(pattern)) for pattern in TOKENIZER_FILES)
         tokenizer = AutoTokenizer.from_pretrained(target) if with_tokenizer and has_tokenizer else None
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{target} cannot be loaded: {error}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelFileError(f"{target} cannot be loaded: {type(error).__name__}: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelFileError(
+            f"{target} lacks {len(missing)} weights that its config asks for ({', '.join(missing[:3])}, ...), which "
+            "would be random: the folder is incomplete, or its config.json is another model's"
+        )
     return model.to(device).eval(), tokenizer
 
 

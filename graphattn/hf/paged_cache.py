@@ -66,7 +66,7 @@ class PagedCache(Cache):
         super().__init__(layers=[_PassThroughLayer(self) for _ in range(num_layers)])
         self.pool = pool
         self.tables = [BlockTable(pool.pages) for _ in range(num_rows)]
-        self.valid_BC = torch.zeros(num_rows, 0, dtype=torch.bool)
+        self.valid_BC = torch.zeros(num_rows, 0, dtype=torch.bool, device="cpu")
         self.is_filling = False
         weakref.finalize(self, _release, self.tables)
 
@@ -129,7 +129,7 @@ class PagedCache(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(torch.arange(self.batch_size)[indices.cpu()].tolist())
+        self._select(torch.arange(self.batch_size, device="cpu")[indices.cpu()].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._select([row for row in range(self.batch_size) for _ in range(repeats)])

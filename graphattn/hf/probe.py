@@ -15,7 +15,8 @@ from transformers.masking_utils import sdpa_mask
 from ..errors import UnsupportedModelError
 from ..spec import AttentionSpec
 
-PROBE = "graphattn_probe"  # the attention implementation under which a model must be to be probed
+# The attention implementations under which a model must be to be probed, with masks and without.
+PROBE, PROBE_UNMASKED = "graphattn_probe", "graphattn_probe_unmasked"
 UNSERVED_ARGUMENTS = {
     "s_aux": "attention sinks",
     "position_bias": "a position bias",
@@ -38,6 +39,7 @@ class Call:
     v_shape: tuple[int, ...]
     mask: Tensor | None
     arguments: dict
+    columns_agree: bool
 
 
 _calls: ContextVar[list[Call]] = ContextVar("graphattn_calls")
@@ -45,7 +47,8 @@ _calls: ContextVar[list[Call]] = ContextVar("graphattn_calls")
 
 def _probe_attention(module, query, key, value, attention_mask, **arguments):
     shapes = (tuple(tensor.shape) for tensor in (query, key, value))
-    _calls.get().append(Call(module, query.device, *shapes, attention_mask, arguments))
+    agree = all(torch.allclose(each[:, :, 0], each[:, :, 1], rtol=0.05, atol=1e-4) for each in (query, key, value))
+    _calls.get().append(Call(module, query.device, *shapes, attention_mask, arguments, agree))
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
 
@@ -62,7 +65,8 @@ def _probe_mask(*, config: PretrainedConfig, **arguments) -> Tensor:
     return mask
 
 
-AttentionInterface.register(PROBE, _probe_attention)
+for name in (PROBE, PROBE_UNMASKED):
+    AttentionInterface.register(name, _probe_attention)
 AttentionMaskInterface.register(PROBE, _probe_mask)
 
 
@@ -71,8 +75,13 @@ def refuse_config(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config.get_text_config()
     if model.training:
         raise UnsupportedModelError(f"{name} is in training mode: call model.eval() first")
-    if model.config.is_encoder_decoder or config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder: only decoders are served")
+    if model.config.is_encoder_decoder or config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+        raise UnsupportedModelError(f"{name} attends to an encoder: only decoders are served")
+    if parts := sorted(set(model.config.sub_configs) - {"text_config"}):
+        raise UnsupportedModelError(
+            f"{name} has parts besides its decoder ({', '.join(parts)}), whose masks would be lost: attach its "
+            "language model alone"
+        )
     if model._is_stateful:
         raise UnsupportedModelError(f"{name} keeps a state besides keys and values, which is not served")
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
@@ -87,12 +96,26 @@ def refuse_config(model: PreTrainedModel) -> None:
             )
 
 
-def probe(model: PreTrainedModel) -> list[Call]:
-    """Runs two tokens through a model whose attention implementation is `PROBE`; returns the calls by layer index."""
+def refuse_positions_by_place(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError for a model, under `PROBE_UNMASKED`, that takes a position from a token's place.
+
+    Tokens of several requests are packed into one row, so positions must come from `position_ids` alone: the same token
+    twice at one position must give the same queries, keys and values.
+    """
+    scaled = getattr(model.config.get_text_config(), "attn_temperature_tuning", False)
+    if scaled or not all(call.columns_agree for call in probe(model, positions=(3, 3))):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes positions from a token's place in the row and not from position_ids, so "
+            "requests cannot share a step; graphattn.hf.attach(model) may serve it"
+        )
+
+
+def probe(model: PreTrainedModel, positions: tuple[int, int] = (0, 1)) -> list[Call]:
+    """Runs two tokens through a model that is to be probed; returns the calls by layer index."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     with _recording() as calls, torch.no_grad():
         try:
-            model(input_ids=ids, position_ids=torch.arange(2, device=ids.device)[None], use_cache=False)
+            model(input_ids=ids, position_ids=torch.tensor([positions], device=ids.device), use_cache=False)
         except Exception as error:
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not run on tokens and positions alone: {type(error).__name__}: {error}"

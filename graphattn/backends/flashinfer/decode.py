@@ -14,7 +14,9 @@ from . import private
 from .paged import PagedPlan
 from .workspace import Workspace
 
-STEPS_FROM = torch.tensor([16, 32, 64], dtype=torch.int32)  # pages from which a plan looks ahead by 2, 4, 8 pages
+STEPS_FROM = torch.tensor(
+    [16, 32, 64], dtype=torch.int32, device="cpu"
+)  # pages from which a plan looks ahead by 2, 4, 8 pages
 
 
 def planned_pages(pages_B: Tensor, max_pages: int) -> Tensor:
@@ -63,7 +65,7 @@ class DecodePlan(PagedPlan):
         with self._fence:
             # The one full plan, which picks the kernel; later ones reuse it and write no page table.
             wrapper.plan(*self._rows(self._full(bucket)), *self._shape, **self._options)
-        self._planned_B = torch.zeros(bucket, dtype=torch.int32)
+        self._planned_B = torch.zeros(bucket, dtype=torch.int32, device="cpu")
 
     @property
     def signature(self) -> tuple:
@@ -82,12 +84,12 @@ class DecodePlan(PagedPlan):
         self._planned_B = planned_B
 
     def _full(self, bucket: int) -> Tensor:
-        return torch.full((bucket,), self._max_pages, dtype=torch.int32)
+        return torch.full((bucket,), self._max_pages, dtype=torch.int32, device="cpu")
 
     def _rows(self, pages_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the planner takes for rows of so many full pages: indptr, indices (only their number counts) and
         last_page_len."""
-        indptr_B1 = torch.zeros(len(pages_B) + 1, dtype=torch.int32)
+        indptr_B1 = pages_B.new_zeros(len(pages_B) + 1)
         torch.cumsum(pages_B, 0, out=indptr_B1[1:])
         indices_P = self._indices_P[: int(indptr_B1[-1])]
         return indptr_B1, indices_P, torch.full_like(pages_B, self._shape[-1])

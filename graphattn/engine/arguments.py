@@ -1,0 +1,51 @@
+"""What `LLM` can be asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import InvalidArgumentError, UnsupportedModelError
+from ..plan import BACKENDS
+from ..runner import CAPTURE_MODES
+from ..spec import LAYOUTS
+
+
+def check_arguments(*, model, tokenizer, memory_fraction, backend, compile, capture, layout, **counts) -> None:
+    """Raises InvalidArgumentError for the first argument of `LLM` that is outside what it can be; loads nothing."""
+    if not isinstance(model, (str, Path, nn.Module)):
+        raise InvalidArgumentError(f"model is a {type(model).__name__}: give a path, a name or a loaded model")
+    if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+        raise InvalidArgumentError(f"tokenizer is a {type(tokenizer).__name__}: give a transformers tokenizer")
+    for name, value, allowed in (
+        ("backend", backend, ("auto", *BACKENDS)),
+        ("compile", compile, ("auto", True, False)),
+        ("capture", capture, CAPTURE_MODES),
+        ("layout", layout, ("auto", *LAYOUTS)),
+    ):
+        if value not in allowed:
+            raise InvalidArgumentError(f"{name}={value!r}: choose {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise InvalidArgumentError(f"{name}={value!r}: it must be an int, at least 1")
+    if not isinstance(memory_fraction, (int, float)) or not 0 < memory_fraction <= 1:
+        raise InvalidArgumentError(f"memory_fraction={memory_fraction!r}: it must be above 0 and at most 1")
+    if counts["num_pages"] is not None and counts["kv_bytes"] is not None:
+        raise InvalidArgumentError(
+            f"num_pages={counts['num_pages']} and kv_bytes={counts['kv_bytes']}: give one of them"
+        )
+
+
+def vocab_size_of(model: nn.Module) -> int:
+    """Ids that the model can be fed.
+
+    Raises:
+        UnsupportedModelError: it may draw others.
+    """
+    fed, drawn = model.get_input_embeddings().num_embeddings, model.get_output_embeddings()
+    if drawn is not None and drawn.weight.shape[0] > fed:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} draws from {drawn.weight.shape[0]} ids and embeds {fed}: resize its embeddings"
+        )
+    return fed

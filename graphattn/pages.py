@@ -264,25 +264,27 @@ class BlockTable:
             self._root = self.pool._root
         self.pages += self.pool.allocate(self.pool.pages_for(num_tokens) - len(self.pages))
 
-    def commit(self, token_ids: Sequence[int]) -> None:
+    def commit(self, token_ids: Sequence[int], count: int | None = None) -> None:
         """Say that keys and values of token_ids are written, and so register the pages that became full.
 
         Only the tokens of those pages are read; a call that fills no page costs one comparison and checks nothing.
 
         Args:
-            token_ids: All tokens of the request that are written, from position 0, as ints.
+            token_ids: Tokens of the request from position 0, as ints.
+            count: How many of them are written; None for all.
 
         Raises:
             InvalidArgumentError: There are more tokens than slots.
         """
-        if len(token_ids) < self._fills_at:
+        count = len(token_ids) if count is None else count
+        if count < self._fills_at:
             return
-        if len(token_ids) > self.num_slots:
+        if count > self.num_slots:
             raise InvalidArgumentError(
-                f"{len(token_ids)} tokens committed, the table has {self.num_slots} slots; call grow before writing"
+                f"{count} tokens committed, the table has {self.num_slots} slots; call grow before writing"
             )
         pool, size = self.pool, self._page_size
-        end = len(token_ids) // size * size
+        end = count // size * size
         # After clear_prefixes an older table must not register: part of it was computed with the weights of before.
         if pool._prefix_cache and self._root == pool._root:
             serial = self._serials[-1] if self._serials else self._root

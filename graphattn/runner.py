@@ -139,7 +139,11 @@ class DecodeRunner:
         return self.captures
 
     def run(
-        self, token_ids: Sequence[int], seq_lens: Sequence[int], tables: Sequence[Sequence[Sequence[int]]]
+        self,
+        token_ids: Sequence[int],
+        seq_lens: Sequence[int],
+        tables: Sequence[Sequence[Sequence[int]]],
+        drawn: Sequence[int | None] | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Runs one step, on the current stream, and returns without waiting for it.
 
@@ -150,6 +154,8 @@ class DecodeRunner:
             token_ids: the token each row feeds; they are not checked against the vocabulary.
             seq_lens: each row's length with that token counted.
             tables: `tables[group][row]`, the row's pages in order.
+            drawn: where in `state.drawn` each row's token is, if the host does not know it yet; None for
+                `token_ids[row]`.
 
         Returns:
             The step's outputs, cut to the rows given. They are overwritten by the next step.
@@ -162,7 +168,8 @@ class DecodeRunner:
         """
         bucket = self.ladder.pick(len(token_ids))
         prepared = self._prepare(bucket)
-        batch = self.state.stage(bucket, token_ids, seq_lens, tables, num_pages=self.planner.cache.num_pages)
+        num_pages = self.planner.cache.num_pages
+        batch = self.state.stage(bucket, token_ids, seq_lens, tables, drawn=drawn, num_pages=num_pages)
         prepared.plan.plan(batch)
         self.rows[len(token_ids)] += 1
         if prepared.graph is None:
@@ -250,6 +257,7 @@ class DecodeRunner:
 
     def _eager(self, prepared: _Bucket) -> Tensor | tuple[Tensor, ...]:
         with torch.no_grad(), active_plans(prepared.plan.groups):
+            self.state.feed(len(prepared.token_ids_B))
             return self._step_fn(prepared.token_ids_B, prepared.positions_B)
 
     def _call(self, prepared: _Bucket) -> None:

@@ -55,6 +55,13 @@ class StepState:
     mirror and sent in one copy per buffer; the mirror is a ring of two, so the next step can be staged while the last
     one's copy is still under way.
 
+    A row's token may be one that the host has not read yet: what was drawn lies in `drawn`, and `feed` takes each row's
+    token from there or from what was staged.
+
+    Attributes:
+        drawn: `[2, S]` int32 on the device with S at least R, where whoever draws puts ids that later steps feed: by
+            convention those of a decode step in `drawn[0]` and of a prefill in `drawn[1]`.
+
     Args:
         max_batch: rows of the largest bucket.
         max_seq_len: tokens that one row may reach.
@@ -83,13 +90,18 @@ class StepState:
         self.max_batch, self.max_seq_len, self.page_size = max_batch, max_seq_len, page_size
         self.groups = tuple(groups)
         self.max_pages_per_row = -(-max_seq_len // page_size)
-        self._positions_at = _aligned(max_batch)
+        self._stride = _aligned(max_batch)
         indices_at = _aligned(max_batch) + _aligned(max_batch + 1)
         self._layout = _Layout(_aligned(max_batch), indices_at, indices_at + max_batch * self.max_pages_per_row)
-        sizes = [2 * self._positions_at, *[self._layout.size] * len(groups)]
+        sizes = [3 * self._stride, *[self._layout.size] * len(groups)]
         with torch.inference_mode(False):
-            self._buffers = [torch.zeros(size, dtype=torch.int32, device=device) for size in sizes]
-        self.device = self._buffers[0].device
+            # Drawn ids stand right before the staged ones, so that one index reaches both.
+            ids = torch.zeros(2 * self._stride + sizes[0], dtype=torch.int32, device=device)
+            self._buffers = [ids[2 * self._stride :]]
+            self._buffers += [torch.zeros(size, dtype=torch.int32, device=device) for size in sizes[1:]]
+            self._token_ids = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self._known, self.drawn = ids[: 3 * self._stride], ids[: 2 * self._stride].view(2, -1)
+        self.device = ids.device
         self._ring = [_Staging(sizes, self.device) for _ in range(RING_DEPTH)]
         self._turn = 0
         self._rows = torch.arange(max_batch, dtype=torch.int32, device=self.device)
@@ -98,15 +110,20 @@ class StepState:
     @property
     def num_bytes(self) -> int:
         """Bytes of the device buffers."""
-        return sum(buffer.nbytes for buffer in (*self._buffers, self._rows))
+        return sum(buffer.nbytes for buffer in (*self._buffers, self.drawn, self._token_ids, self._rows))
 
     def token_ids(self, bucket: int) -> Tensor:
-        """The token each row feeds in this step, `[B]` int32."""
-        return self._buffers[0][:bucket]
+        """The token each row feeds in this step, `[B]` int32, once `feed` has run."""
+        return self._token_ids[:bucket]
 
     def positions(self, bucket: int) -> Tensor:
         """The position of that token in its row, `[B]` int32."""
-        return self._buffers[0][self._positions_at : self._positions_at + bucket]
+        return self._buffers[0][2 * self._stride : 2 * self._stride + bucket]
+
+    def feed(self, bucket: int) -> None:
+        """Puts each row's token where the step reads it; the first thing of a step, and captured with it."""
+        sources_B = self._buffers[0][self._stride : self._stride + bucket]
+        torch.index_select(self._known, 0, sources_B, out=self._token_ids[:bucket])
 
     def csr(self, bucket: int, group: int) -> CSR:
         """The fixed-address page tables of a layer group at a bucket; `indices_P` is the whole buffer."""
@@ -119,6 +136,7 @@ class StepState:
         seq_lens: Sequence[int],
         tables: Sequence[Sequence[Sequence[int]]],
         *,
+        drawn: Sequence[int | None] | None = None,
         num_pages: int | None = None,
     ) -> Batch:
         """Sends a step's numbers to the device, without waiting for it, and returns the batch to plan from.
@@ -127,9 +145,10 @@ class StepState:
 
         Args:
             bucket: rows the step is computed at, at least `len(token_ids)`.
-            token_ids: the token each row feeds.
+            token_ids: the token each row feeds; whatever for a row whose token is in `drawn`.
             seq_lens: each row's length with that token counted.
             tables: `tables[group][row]`, the row's pages in order; may hold more pages than the length needs.
+            drawn: where in `self.drawn.flatten()` each row's token is, or None for `token_ids[row]`.
             num_pages: pages of the cache, to check the tables against; kernels do not.
 
         Raises:
@@ -162,10 +181,15 @@ class StepState:
         self._turn = (self._turn + 1) % RING_DEPTH
         if staging.copied is not None:
             staging.copied.synchronize()  # its copy of two steps ago; the host must not overwrite what is still read
-        rows = staging.arrays[0]
+        rows, stride = staging.arrays[0], self._stride
         rows[:num_rows] = token_ids
         rows[num_rows:bucket] = 0
-        rows[self._positions_at : self._positions_at + bucket] = np.subtract(lens, 1)
+        rows[stride : stride + bucket] = np.arange(2 * stride, 2 * stride + bucket)
+        if drawn is not None:
+            rows[stride : stride + num_rows] = [
+                2 * stride + row if source is None else source for row, source in enumerate(drawn)
+            ]
+        rows[2 * stride : 2 * stride + bucket] = np.subtract(lens, 1)
         self._buffers[0].copy_(staging.tensors[0], non_blocking=True)
         for group, (indptr, indices, last_page_len) in enumerate(packed, start=1):
             array, used = staging.arrays[group], self._layout.indices + len(indices)

@@ -113,6 +113,7 @@ def steps(model, state, planner, pool, buckets):
         pages = pool.allocate(bucket)
         plan.plan(state.stage(bucket, [1] * bucket, [1] * bucket, [[[page] for page in pages]]))
         with torch.no_grad(), active_plans(plan.groups):
+            state.feed(bucket)
             yield model(state.token_ids(bucket), state.positions(bucket))
 
 

@@ -61,7 +61,12 @@ def test_staged_buffers_hold_the_rows_and_padding(data) -> None:
             ]
             for _ in range(2)
         ]
-        batch = state.stage(bucket, tokens, lens, tables)
+        ids = torch.randint(0, 99, state.drawn.shape, dtype=torch.int32)
+        state.drawn.copy_(ids)
+        drawn = [data.draw(st.sampled_from([None, 0, row, state.drawn.shape[1] + row])) for row in range(len(lens))]
+        batch = state.stage(bucket, tokens, lens, tables, drawn=drawn)
+        state.feed(bucket)
+        tokens = [token if at is None else ids.flatten()[at].item() for token, at in zip(tokens, drawn, strict=True)]
         padding = bucket - len(lens)
         assert batch.qo_indptr_B1.tolist() == list(range(bucket + 1))
         assert batch.token_ids_N.tolist() == tokens + [0] * padding

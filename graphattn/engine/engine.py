@@ -11,7 +11,8 @@ from ..draw import derive_seed
 from ..errors import InvalidRequestError
 from ..pages import BlockTable
 from ..sampling import SamplingParams, stop_ids
-from .executor import Drawn, Executor
+from .executor import Executor
+from .flight import Flight
 from .request import Delta, FinishReason, Request
 from .scheduler import Scheduler
 from .text import TextStream
@@ -26,6 +27,8 @@ class Engine:
         max_seq_len: tokens of a request, prompt and generated.
         end_ids: ids that end a text.
         decode: ids to text; None without a tokenizer.
+        overlap: read what a step drew only once the next one is launched, so that the device need not wait for the
+            host. A request that ends by what it draws, and not by its length, runs one step more; nobody sees it.
     """
 
     def __init__(
@@ -36,12 +39,14 @@ class Engine:
         max_seq_len: int,
         end_ids: Sequence[int],
         decode: Callable[[Sequence[int]], str] | None,
+        overlap: bool,
     ):
         self._executor, self._scheduler, self._max_seq_len = executor, scheduler, max_seq_len
         self._end_ids, self._decode = tuple(end_ids), decode
         self._ids = itertools.count()
         self._requests: dict[int, list[Request]] = {}
-        self._closed = False
+        self._flights: deque[Flight] = deque()
+        self._overlap, self._closed = overlap, False
 
     def add(self, prompt: tuple[int, ...], params: SamplingParams, outbox: deque[Delta], *, streams: bool) -> int:
         """Queues the samples of a prompt that was checked; returns the id they share.
@@ -85,14 +90,36 @@ class Engine:
         If a forward pass raises, its requests go back to wait with nothing lost, and the error is raised.
         """
         if not self._requests:
+            self._flights.clear()
             return
         self._executor.check_model()
+        if any(request.params.repetition_penalty != 1.0 for request in self._scheduler.running):
+            self.land()  # the penalty reads every token before the one to be drawn
+        earlier = len(self._flights)
         schedule = self._scheduler.schedule()
+        if schedule.decode:
+            self._launch(schedule.decode, lambda: self._executor.decode(schedule.decode))
         if schedule.prefill:
             chunks = schedule.prefill
-            self._compute([chunk.request for chunk in chunks], lambda: self._executor.prefill(chunks))
-        if schedule.decode:
-            self._compute(schedule.decode, lambda: self._executor.decode(schedule.decode))
+            self._launch([chunk.request for chunk in chunks], lambda: self._executor.prefill(chunks))
+        # Without anything to run beside it there is no reason to wait with reading.
+        is_busy = any(not request.is_spent for request in self._scheduler.running)
+        self.land(earlier if self._overlap and is_busy else None)
+
+    def land(self, count: int | None = None) -> None:
+        """Reads what the `count` oldest forward passes drew, or all."""
+        while self._flights and count != 0:
+            count = None if count is None else count - 1
+            flight = self._flights[0]
+            try:
+                for request, token_id, logprobs in flight.land():
+                    if not request.is_ended:
+                        self._accept(request, token_id, logprobs)
+                self._flights.popleft()
+            except BaseException:
+                self._recompute([request for flight in self._flights for request in flight.requests])
+                self._flights.clear()
+                raise
 
     def abort(self, request_id: int) -> None:
         """Ends every unfinished sample of a request.
@@ -111,14 +138,24 @@ class Engine:
         for request_id in list(self._requests):
             self.abort(request_id)
 
-    def _compute(self, requests: Sequence[Request], forward: Callable[[], Drawn]) -> None:
+    def _launch(self, requests: Sequence[Request], forward: Callable[[], Flight | None]) -> None:
         try:
-            for request, token_id, logprobs in forward():
-                self._accept(request, token_id, logprobs)
+            flight = forward()
+            if flight is not None:
+                self._flights.append(flight)
         except BaseException:
-            # What was drawn and not accepted is drawn again, the same, once the request is recomputed.
-            self._scheduler.preempt(requests)
+            try:
+                self.land()
+            finally:
+                self._recompute(requests)
             raise
+
+    def _recompute(self, requests: Sequence[Request]) -> None:
+        """Sends requests back to wait; what they drew and nobody read is drawn again, the same."""
+        for request in requests:
+            if not request.is_ended:
+                request.forget_unread()
+        self._scheduler.preempt(requests)
 
     def _accept(self, request: Request, token_id: int, logprobs: dict[int, float] | None) -> None:
         try:

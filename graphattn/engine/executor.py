@@ -20,11 +20,12 @@ from ..plan import Planner
 from ..runner import DecodeRunner
 from ..spec import CacheSpec
 from ..state import StepState
+from .flight import Flight
 from .request import Request
 from .scheduler import Chunk
 from .step import ModelStep, last_logits
 
-Drawn = list[tuple[Request, int, dict[int, float] | None]]
+DECODED, PREFILLED = 0, 1  # the rows of `StepState.drawn`
 
 
 class Executor:
@@ -72,14 +73,16 @@ class Executor:
             (module._modules, name, child) for module in self.model.modules() for name, child in module._modules.items()
         ]
         self._addresses = self._read_addresses()
-        self._copied = torch.cuda.Event() if self.device.type == "cuda" else None
 
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Prepares every bucket (or the largest, if lazily)."""
         self.runner.capture(progress)
 
-    def prefill(self, chunks: Sequence[Chunk]) -> Drawn:
-        """Computes the next tokens of each request; draws one for each chunk that completes its request's tokens."""
+    def prefill(self, chunks: Sequence[Chunk]) -> Flight | None:
+        """Computes the next tokens of each request; draws one for each chunk that completes its request's tokens.
+
+        Decode first in a step that does both: this overwrites where the last prefill's draws lie.
+        """
         requests = [chunk.request for chunk in chunks]
         starts = [request.num_computed for request in requests]
         ends = [start + chunk.num_tokens for start, chunk in zip(starts, chunks, strict=True)]
@@ -100,20 +103,25 @@ class Executor:
         for chunk in chunks:
             chunk.request.computed(chunk.num_tokens)
         drawn = [chunk.request for chunk in chunks if chunk.request.num_pending == 0]
-        return self._fetch(sample(logits_RV, [request.row() for request in drawn]), drawn) if drawn else []
+        if not drawn:
+            return None
+        return self._take_off(sample(logits_RV, [request.row() for request in drawn]), drawn, PREFILLED)
 
-    def decode(self, requests: Sequence[Request]) -> Drawn:
+    def decode(self, requests: Sequence[Request]) -> Flight:
         """One token for each request, at the bucket that holds them."""
         logits_BV, greedy_B = self.runner.run(
             [request.tokens[-1] for request in requests],
             [len(request.tokens) for request in requests],
             [[request.table.pages for request in requests]],
+            [request.drawn_at if request.num_unread else None for request in requests],
         )
         for request in requests:
             request.computed(1)
         if all(_is_plain(request) for request in requests):
-            return self._fetch(Sampled(greedy_B), requests)
-        return self._fetch(sample(logits_BV, [request.row() for request in requests]), requests)
+            sampled = Sampled(greedy_B)
+        else:
+            sampled = sample(logits_BV, [request.row() for request in requests])
+        return self._take_off(sampled, requests, DECODED)
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
@@ -178,23 +186,14 @@ class Executor:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-    def _fetch(self, sampled: Sampled, requests: Sequence[Request]) -> Drawn:
-        """What was drawn, on the host; waits for the step, and for nothing queued after it."""
-        device = (sampled.token_ids, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
-        host = [None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in device]
-        if self._copied is not None:
-            self._copied.record(torch.cuda.current_stream(self.device))
-            self._copied.synchronize()
-        token_ids, own, top_ids, top = (None if tensor is None else tensor.tolist() for tensor in host)
-        drawn: Drawn = []
-        for row, (token_id, request) in enumerate(zip(token_ids, requests, strict=True)):
-            count = request.params.logprobs
-            if count is None:
-                drawn.append((request, token_id, None))
-            else:
-                likely = zip(top_ids[row][:count], top[row][:count], strict=True)
-                drawn.append((request, token_id, {token_id: own[row], **dict(likely)}))
-        return drawn
+    def _take_off(self, sampled: Sampled, requests: Sequence[Request], region: int) -> Flight:
+        """Leaves what was drawn where the next step can feed it, and sends it to the host."""
+        drawn = self.state.drawn[region]
+        drawn[: len(requests)].copy_(sampled.token_ids)
+        flight = Flight(requests, sampled)
+        for row, request in enumerate(requests):
+            request.draw(region * len(drawn) + row)
+        return flight
 
 
 def _is_plain(request: Request) -> bool:

@@ -177,6 +177,7 @@ class LLM:
             max_seq_len=self.max_seq_len,
             # An id that cannot be drawn ends nothing, and could not be banned below min_tokens either.
             end_ids=[token_id for token_id in end_token_ids(model, tokenizer) if 0 <= token_id < vocab_size],
+            overlap=self._executor.device.type == "cuda",
             decode=None if tokenizer is None else partial(tokenizer.decode, **DECODE_OPTIONS),
         )
         self._outbox: deque[Delta] = deque()
@@ -275,6 +276,7 @@ class LLM:
         try:
             self._executor.load_weights(weights)
         finally:
+            self._engine.land()
             self._scheduler.preempt(self._scheduler.running)
             self.pool.clear_prefixes()
 

@@ -12,6 +12,7 @@ from ..pages import BlockTable
 from ..sampling import RowSampling, SamplingParams
 from .text import TextStream
 
+UNREAD = -1  # stands for a token that was drawn and not read yet
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -83,8 +84,9 @@ class Request:
     """A request inside the engine.
 
     Attributes:
-        tokens: prompt and generated ids.
-        num_computed: tokens whose keys and values are in the cache.
+        tokens: prompt and generated ids; the last `num_unread` of them were drawn, but are not known here yet.
+        num_computed: tokens whose keys and values are in the cache, or on the way there.
+        drawn_at: where in the step's state the last of them lies, if it is unread.
         stop_ids: ids that end it.
         max_tokens: tokens it may generate.
         text: turns tokens into text; None without a tokenizer.
@@ -104,7 +106,10 @@ class Request:
     streams: bool
     outbox: deque[Delta]
     tokens: array = field(default_factory=lambda: array("q"))
+    num_unread: int = 0
     num_computed: int = 0
+    drawn_at: int | None = None
+    is_ended: bool = False
     logprobs: list[dict[int, float]] = field(default_factory=list)
     arrived: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
@@ -116,7 +121,13 @@ class Request:
 
     @property
     def num_generated(self) -> int:
+        """Tokens drawn, read or not."""
         return len(self.tokens) - len(self.prompt)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether all it may generate is drawn; some of it may be unread."""
+        return self.num_generated >= self.max_tokens
 
     @property
     def num_pending(self) -> int:
@@ -140,15 +151,28 @@ class Request:
     def computed(self, count: int) -> None:
         """`count` more tokens have their keys and values on the way to the cache."""
         self.num_computed += count
-        whole = self.num_computed == len(self.tokens)
-        self.table.commit(self.tokens if whole else self.tokens[: self.num_computed])
+        self._commit()
+
+    def draw(self, drawn_at: int) -> None:
+        """Its next token is drawn, and lies at `drawn_at` in the step's state until it is read."""
+        self.tokens.append(UNREAD)
+        self.num_unread += 1
+        self.drawn_at = drawn_at
+
+    def forget_unread(self) -> None:
+        """Undoes every `draw` that was not accepted."""
+        del self.tokens[len(self.tokens) - self.num_unread :]
+        self.num_unread = 0
 
     def accept(self, token_id: int, logprobs: dict[int, float] | None) -> FinishReason | None:
-        """Takes a drawn token; returns why the request ends with it, if it does."""
+        """Reads the first unread token; returns why the request ends with it, if it does."""
         if self.first_token is None:
             self.first_token = time.perf_counter() - self.arrived
-        below_minimum = self.below_minimum
-        self.tokens.append(token_id)
+        at = len(self.tokens) - self.num_unread
+        below_minimum = at - len(self.prompt) < self.params.min_tokens
+        self.tokens[at] = token_id
+        self.num_unread -= 1
+        self._commit()
         if logprobs is not None:
             self.logprobs.append(logprobs)
         if self.text is not None:
@@ -157,7 +181,10 @@ class Request:
                 return "stop"
         if token_id in self.stop_ids and not below_minimum:
             return "stop"
-        return "length" if self.num_generated >= self.max_tokens else None
+        return "length" if at + 1 - len(self.prompt) >= self.max_tokens else None
+
+    def _commit(self) -> None:
+        self.table.commit(self.tokens, min(self.num_computed, len(self.tokens) - self.num_unread))
 
     def progress(self, token_id: int) -> Delta:
         """What the step added to a request that goes on."""
@@ -166,7 +193,7 @@ class Request:
 
     def end(self, reason: FinishReason, new: tuple[int, ...] = (), error: Exception | None = None) -> Delta:
         """The last delta; if the text cannot be decoded, that is the error it ends with."""
-        piece = ""
+        piece, self.is_ended = "", True
         if self.text is not None and error is None:
             try:
                 piece = self.text.take(final=True)
@@ -176,7 +203,7 @@ class Request:
             request_id=self.id,
             index=self.index,
             prompt_token_ids=self.prompt,
-            token_ids=tuple(self.tokens[len(self.prompt) :]),
+            token_ids=tuple(self.tokens[len(self.prompt) : len(self.tokens) - self.num_unread]),
             text="" if self.text is None else self.text.taken,
             finish_reason=reason if error is None else "error",
             logprobs=None if self.params.logprobs is None else tuple(self.logprobs),

@@ -74,7 +74,7 @@ class Scheduler:
         decode = self._decoding()
         budget, prefill = self.max_prefill_tokens, []
         for request in self.running:
-            if request.num_pending > 1 and budget > 0:
+            if request.num_pending > 1 and not request.is_spent and budget > 0:
                 prefill.append(Chunk(request, min(request.num_pending, budget)))
                 budget -= prefill[-1].num_tokens
         while budget > 0 and self.waiting and len(self.running) < self.max_batch:
@@ -86,7 +86,7 @@ class Scheduler:
             else:
                 prefill.append(Chunk(request, min(request.num_pending, budget)))
                 budget -= prefill[-1].num_tokens
-        if self.waiting and not self.running:
+        if self.waiting and not self.running and not self.waiting[0].num_unread:
             needed = self.pool.pages_for(len(self.waiting[0].tokens))
             raise OutOfPagesError(
                 f"request {self.waiting[0].id} needs {needed} pages, no other request runs and {self.pool.num_free} of "
@@ -111,7 +111,7 @@ class Scheduler:
         decode, at = [], 0
         while at < len(self.running):  # what is preempted meanwhile stands at `at` or behind it
             request = self.running[at]
-            if request.num_pending == 1 and self._make_room(request):
+            if request.num_pending == 1 and not request.is_spent and self._make_room(request):
                 decode.append(request)
             at += 1
         return decode
@@ -129,10 +129,10 @@ class Scheduler:
                     return False
 
     def _admit(self) -> Request | None:
-        """Moves the first waiting request to the running ones if it gets all its pages."""
+        """Moves the first waiting request to the running ones if all its tokens are known and it gets their pages."""
         # One page to spare for each running row, or it would be preempted again at once.
         request, spare = self.waiting[0], len(self.running)
-        if self.pool.num_free <= spare:
+        if request.num_unread or self.pool.num_free <= spare:
             return None
         cached = request.table.reuse_prefix(request.tokens)
         missing = self.pool.pages_for(len(request.tokens)) - len(request.table.pages)

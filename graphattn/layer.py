@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import ops  # noqa: F401  registers torch.ops.graphattn
 from .errors import InvalidArgumentError
+from .rope import Rotary
 from .spec import AttentionSpec
 
 
@@ -24,6 +25,7 @@ class Attention(nn.Module):
         window: latest keys a query sees, itself included; None for all.
         softcap: `softcap * tanh(logits / softcap)`; None for none.
         group: index of the layer group whose plan this layer runs under.
+        rotary: how queries and keys are normed and rotated before they attend; None if they come as they are to be.
 
     Raises:
         InvalidArgumentError: heads that do not divide, or a count below 1.
@@ -43,6 +45,7 @@ class Attention(nn.Module):
         window: int | None = None,
         softcap: float | None = None,
         group: int = 0,
+        rotary: Rotary | None = None,
     ):
         super().__init__()
         self.spec = AttentionSpec(
@@ -53,7 +56,7 @@ class Attention(nn.Module):
             window=window,
             softcap=softcap,
         )
-        self.group = group
+        self.group, self.rotary = group, rotary
         self.register_buffer("k_cache", torch.empty(0), persistent=False)
         self.register_buffer("v_cache", torch.empty(0), persistent=False)
 
@@ -80,7 +83,8 @@ class Attention(nn.Module):
         """Appends `k` and `v` to the cache and attends.
 
         Args:
-            q: `[N, num_heads, head_dim]`, N tokens of all rows packed; rotated already where the model has RoPE.
+            q: `[N, num_heads, head_dim]`, N tokens of all rows packed; rotated already where the model has RoPE and
+                the layer no `rotary`.
             k: `[N, num_kv_heads, head_dim]`, likewise.
             v: `[N, num_kv_heads, head_dim]`.
 
@@ -99,7 +103,11 @@ class Attention(nn.Module):
                 )
         if not q.shape[0] == k.shape[0] == v.shape[0]:
             raise InvalidArgumentError(f"q has {q.shape[0]} tokens, k {k.shape[0]}, v {v.shape[0]}: make them equal")
-        return torch.ops.graphattn.attend(q, k, v, self.k_cache, self.v_cache, self.group)
+        tensors, rotary = (q, k, v, self.k_cache, self.v_cache), self.rotary
+        if rotary is None:
+            return torch.ops.graphattn.attend(*tensors, self.group)
+        norms = (rotary.q_weight, rotary.k_weight, rotary.eps)
+        return torch.ops.graphattn.rotary_attend(*tensors, self.group, rotary.inv_freq, rotary.scaling, *norms)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, group={self.group}"

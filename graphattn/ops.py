@@ -3,6 +3,7 @@
 `torch.ops.graphattn.attend(q, k, v, k_cache, v_cache, group) -> out` appends and attends in one opaque call, so a
 compiled step has no graph break (FlashInfer's own calls have one each: flashinfer-ai/flashinfer#2733) and no copy of
 the cache (an append in traced code costs one). It takes no layer number, so one compiled layer serves all.
+`rotary_attend` takes queries and keys as they leave their projections, and norms and rotates them too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .backends.base import Plan
 from .errors import InvalidArgumentError, NoActivePlanError
+from .rope import Rotary
 
 _active: ContextVar[Sequence[Plan] | None] = ContextVar("graphattn_active_plans", default=None)
 
@@ -30,7 +32,9 @@ def active_plans(plans: Sequence[Plan]) -> Iterator[None]:
         _active.reset(token)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, group: int) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, group: int, rotary: Rotary | None = None
+) -> Tensor:
     plans = _active.get()
     if plans is None:
         raise NoActivePlanError(
@@ -49,16 +53,38 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, g
             f"the cache has pages of {list(k_cache.shape[1:])}, the plan was made for {list(plan.page_shape)}: "
             "give both the same CacheSpec (page_size and layout)"
         )
-    return plan.attend(q, k, v, k_cache, v_cache)
+    return plan.attend(q, k, v, k_cache, v_cache, rotary)
 
 
-def _attend_fake(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, group: int) -> Tensor:
-    return q.new_empty(q.shape)
+def _rotary_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    group: int,
+    inv_freq: Tensor,
+    scaling: float,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+) -> Tensor:
+    return _attend(q, k, v, k_cache, v_cache, group, Rotary(inv_freq, scaling, q_weight, k_weight, eps))
+
+
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, group: int, *rotary) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 # Library.define costs 2-3 us a call where torch.library.custom_op costs 20-28.
 _library = torch.library.Library("graphattn", "DEF")
-_library.define("attend(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, int group) -> Tensor")
-_library.impl("attend", _attend, "CPU")
-_library.impl("attend", _attend, "CUDA")
-torch.library.register_fake("graphattn::attend", _attend_fake, lib=_library)
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, int group"
+_ROTARY = "Tensor inv_freq, float scaling, Tensor? q_weight, Tensor? k_weight, float eps"
+for _name, _schema, _function in (
+    ("attend", _ARGUMENTS, _attend),
+    ("rotary_attend", f"{_ARGUMENTS}, {_ROTARY}", _rotary_attend),
+):
+    _library.define(f"{_name}({_schema}) -> Tensor")
+    _library.impl(_name, _function, "CPU")
+    _library.impl(_name, _function, "CUDA")
+    torch.library.register_fake(f"graphattn::{_name}", _attend_fake, lib=_library)

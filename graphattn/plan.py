@@ -8,32 +8,39 @@ import torch
 
 from .backends.base import Backend, Plan
 from .backends.flashinfer import FlashInferBackend
+from .backends.fused import FusedBackend
 from .backends.reference import ReferenceBackend
 from .batch import Batch
 from .errors import BackendError, InvalidArgumentError
 from .spec import AttentionSpec, CacheSpec
 from .state import StepState
 
-BACKENDS: dict[str, type[Backend]] = {"flashinfer": FlashInferBackend, "reference": ReferenceBackend}
+BACKENDS: dict[str, type[Backend]] = {
+    "fused": FusedBackend,
+    "flashinfer": FlashInferBackend,
+    "reference": ReferenceBackend,
+}
 
 
 def choose_backend(name: str, spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> type[Backend]:
-    """The backend called `name`; "auto" is FlashInfer on CUDA and the reference elsewhere.
+    """The backend called `name`; "auto" is the fused one or else FlashInfer on CUDA, and the reference elsewhere.
 
     Raises:
         InvalidArgumentError: no backend has that name.
         BackendError: it cannot serve this layer group; says why, and what each other backend would say.
     """
     if name != "auto" and name not in BACKENDS:
-        raise InvalidArgumentError(f"backend={name!r}: choose auto, {' or '.join(BACKENDS)}")
-    wanted = name if name != "auto" else "flashinfer" if device.type == "cuda" else "reference"
-    if not BACKENDS[wanted].rejections(spec, cache, device):
-        return BACKENDS[wanted]
+        raise InvalidArgumentError(f"backend={name!r}: choose auto, {', '.join(BACKENDS)}")
+    on_cuda = device.type == "cuda"
+    candidates = [name] if name != "auto" else ["fused", "flashinfer"] if on_cuda else ["reference"]
+    for candidate in candidates:
+        if not BACKENDS[candidate].rejections(spec, cache, device):
+            return BACKENDS[candidate]
     verdicts = [
         f"  {other}: {'; '.join(backend.rejections(spec, cache, device)) or f'can serve it (backend={other!r})'}"
         for other, backend in BACKENDS.items()
     ]
-    raise BackendError(f"backend {wanted} cannot serve {spec} on {device}:\n" + "\n".join(verdicts))
+    raise BackendError(f"backend {name} cannot serve {spec} on {device}:\n" + "\n".join(verdicts))
 
 
 class StepPlan:
@@ -60,7 +67,7 @@ class Planner:
         groups: the layer groups, in the order that `Attention.group` counts.
         cache: pages, page size and dtype.
         device: where the steps run.
-        backend: "auto", "flashinfer" or "reference".
+        backend: "auto", "fused", "flashinfer" or "reference".
 
     Raises:
         BackendError: the backend cannot serve a group.

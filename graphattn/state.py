@@ -95,13 +95,14 @@ class StepState:
         self._layout = _Layout(_aligned(max_batch), indices_at, indices_at + max_batch * self.max_pages_per_row)
         sizes = [3 * self._stride, *[self._layout.size] * len(groups)]
         with torch.inference_mode(False):
-            # Drawn ids stand right before the staged ones, so that one index reaches both.
-            ids = torch.zeros(2 * self._stride + sizes[0], dtype=torch.int32, device=device)
-            self._buffers = [ids[2 * self._stride :]]
+            # Positions, staged tokens, and where each row's token is, which are sent together; then what was drawn.
+            # Positions come first: Dynamo would take a storage offset for a dynamic number.
+            rows = torch.zeros(5 * self._stride, dtype=torch.int32, device=device)
+            self._buffers = [rows[: sizes[0]]]
             self._buffers += [torch.zeros(size, dtype=torch.int32, device=device) for size in sizes[1:]]
             self._token_ids = torch.zeros(max_batch, dtype=torch.int32, device=device)
-        self._known, self.drawn = ids[: 3 * self._stride], ids[: 2 * self._stride].view(2, -1)
-        self.device = ids.device
+        self._known, self.drawn = rows[self._stride :], rows[sizes[0] :].view(2, -1)
+        self.device = rows.device
         self._ring = [_Staging(sizes, self.device) for _ in range(RING_DEPTH)]
         self._turn = 0
         self._rows = torch.arange(max_batch, dtype=torch.int32, device=self.device)
@@ -118,11 +119,11 @@ class StepState:
 
     def positions(self, bucket: int) -> Tensor:
         """The position of that token in its row, `[B]` int32."""
-        return self._buffers[0][2 * self._stride : 2 * self._stride + bucket]
+        return self._buffers[0][:bucket]
 
     def feed(self, bucket: int) -> None:
         """Puts each row's token where the step reads it; the first thing of a step, and captured with it."""
-        sources_B = self._buffers[0][self._stride : self._stride + bucket]
+        sources_B = self._buffers[0][2 * self._stride : 2 * self._stride + bucket]
         torch.index_select(self._known, 0, sources_B, out=self._token_ids[:bucket])
 
     def csr(self, bucket: int, group: int) -> CSR:
@@ -182,14 +183,13 @@ class StepState:
         if staging.copied is not None:
             staging.copied.synchronize()  # its copy of two steps ago; the host must not overwrite what is still read
         rows, stride = staging.arrays[0], self._stride
-        rows[:num_rows] = token_ids
-        rows[num_rows:bucket] = 0
-        rows[stride : stride + bucket] = np.arange(2 * stride, 2 * stride + bucket)
-        if drawn is not None:
-            rows[stride : stride + num_rows] = [
-                2 * stride + row if source is None else source for row, source in enumerate(drawn)
-            ]
-        rows[2 * stride : 2 * stride + bucket] = np.subtract(lens, 1)
+        rows[:bucket] = np.subtract(lens, 1)
+        rows[stride : stride + num_rows] = token_ids
+        rows[stride + num_rows : stride + bucket] = 0
+        rows[2 * stride : 2 * stride + bucket] = np.arange(bucket)
+        for row, source in enumerate(drawn or ()):
+            if source is not None:
+                rows[2 * stride + row] = 2 * stride + source
         self._buffers[0].copy_(staging.tensors[0], non_blocking=True)
         for group, (indptr, indices, last_page_len) in enumerate(packed, start=1):
             array, used = staging.arrays[group], self._layout.indices + len(indices)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from dense import DenseRows, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphattn import Attention
 from graphattn.errors import BackendError, InvalidArgumentError
 from graphattn.ops import active_plans
 from graphattn.plan import Planner, choose_backend
+from graphattn.rope import Rotary
 from graphattn.spec import AttentionSpec, CacheSpec
 from graphattn.state import StepState
 
+CUDA_BACKENDS = ("flashinfer", "fused")
 HEADS = {"group 3": (9, 3), "group 2": (4, 2), "one each": (2, 2), "group 7": (7, 1)}
 RAGGED = {
     "prefill": ([0, 0, 0, 0], [1, 16, 33, 7]),
@@ -122,8 +127,9 @@ def test_flashinfer(heads: str, ragged: str, head_dim: int, page_size: int, dtyp
     rows = DenseRows(spec_of(heads, head_dim), *RAGGED[ragged], page_size=page_size, dtype=dtype, device="cuda")
     check(rows, run_ragged(rows, "flashinfer"), floor=1e-3)
     if ragged == "decode":
-        rows = DenseRows(rows.spec, *RAGGED[ragged], page_size=page_size, dtype=dtype, device="cuda")
-        check(rows, run_decode(rows, "flashinfer", padding=3), floor=1e-3)
+        for backend in CUDA_BACKENDS:
+            rows = DenseRows(rows.spec, *RAGGED[ragged], page_size=page_size, dtype=dtype, device="cuda")
+            check(rows, run_decode(rows, backend, padding=3), floor=1e-3)
 
 
 @pytest.mark.gpu
@@ -135,8 +141,9 @@ def test_flashinfer_options(options: dict, ragged: str) -> None:
     )
     check(rows, run_ragged(rows, "flashinfer"), floor=1e-3)
     if ragged == "decode":
-        rows = DenseRows(rows.spec, *RAGGED[ragged], page_size=16, dtype=torch.bfloat16, device="cuda")
-        check(rows, run_decode(rows, "flashinfer", padding=3), floor=1e-3)
+        for backend in CUDA_BACKENDS:
+            rows = DenseRows(rows.spec, *RAGGED[ragged], page_size=16, dtype=torch.bfloat16, device="cuda")
+            check(rows, run_decode(rows, backend, padding=3), floor=1e-3)
 
 
 @pytest.mark.gpu
@@ -146,8 +153,9 @@ def test_flashinfer_with_heads_before_slots(ragged: str) -> None:
     rows = DenseRows(spec_of("group 3", 128), *RAGGED[ragged], **options)
     check(rows, run_ragged(rows, "flashinfer"), floor=1e-3)
     if ragged == "decode":
-        rows = DenseRows(rows.spec, *RAGGED[ragged], **options)
-        check(rows, run_decode(rows, "flashinfer", padding=3), floor=1e-3)
+        for backend in CUDA_BACKENDS:
+            rows = DenseRows(rows.spec, *RAGGED[ragged], **options)
+            check(rows, run_decode(rows, backend, padding=3), floor=1e-3)
 
 
 @pytest.mark.gpu
@@ -159,8 +167,56 @@ def test_flashinfer_skewed_and_long() -> None:
     for new in ([1] * len(cached), [300, *[2] * 40]):
         rows = DenseRows(spec, cached, new, page_size=16, dtype=torch.bfloat16, device="cuda")
         check(rows, run_ragged(rows, "flashinfer"), floor=1e-3)
-    rows = DenseRows(spec, cached, [1] * len(cached), page_size=16, dtype=torch.bfloat16, device="cuda")
-    check(rows, run_decode(rows, "flashinfer", padding=7, max_seq_len=8192), floor=1e-3)
+    for backend in CUDA_BACKENDS:
+        rows = DenseRows(spec, cached, [1] * len(cached), page_size=16, dtype=torch.bfloat16, device="cuda")
+        check(rows, run_decode(rows, backend, padding=7, max_seq_len=8192), floor=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", [0, 7, 40, 300])
+def test_fused_at_every_split(padding: int) -> None:
+    """Rows from one token to many chunks, at buckets that split them differently; twice, so that counters are reset."""
+    spec = spec_of("group 3", 64)
+    lens = [0, 1, 63, 64, 127, 128, 500, 1500, 5000]
+    for _ in range(2):
+        rows = DenseRows(spec, lens, [1] * len(lens), page_size=16, dtype=torch.bfloat16, device="cuda")
+        check(rows, run_decode(rows, "fused", padding=padding, max_seq_len=8192), floor=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_norm", [False, True], ids=["rotated", "normed and rotated"])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_norm_and_rotation_in_the_kernel(head_dim: int, layout: str, has_norm: bool) -> None:
+    """Against norm and rotation outside in float32, and attention over what that gives; bf16 outside it beside."""
+    spec = spec_of("group 2", head_dim)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.rand(head_dim, generator=generator).add(0.5).cuda() for _ in range(2)]
+    inv_freq = 10000.0 ** (-torch.arange(0, head_dim, 2, device="cuda") / head_dim)
+
+    def step(backend: str, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        options = {"page_size": 16, "dtype": torch.bfloat16, "device": "cuda", "layout": layout}
+        rows = DenseRows(spec, [0, 15, 16, 40, 700], [1] * 5, **options)
+        cache = replace(rows.cache.cache, dtype=dtype)
+        pages = [tensor.to(dtype) for tensor in rows.cache.layers[0]]
+        state = StepState(max_batch=5, max_seq_len=1024, page_size=16, groups=[spec], device="cuda")
+        plan = Planner([spec], cache, "cuda", backend).decode(state, 5)
+        tables = [[table.pages for table in rows.tables]]
+        plan.plan(state.stage(5, [0] * 5, [old + 1 for old in rows.cached], tables))
+        norms = [weight.to(dtype) for weight in weights] if has_norm else [None, None]
+        with active_plans(plan.groups):
+            layer = Attention(4, head_dim, num_kv_heads=2, rotary=Rotary(inv_freq, 1.2, *norms, 1e-6))
+            layer.bind(*pages)
+            out = layer(*(tensor.to(dtype) for tensor in rows.packed))
+        return out, pages[0].nan_to_num(0.0)
+
+    exact, plain, ours = (
+        step("reference", torch.float32),
+        step("reference", torch.bfloat16),
+        step("fused", torch.bfloat16),
+    )
+    for got, beside, right in zip(ours, plain, exact, strict=True):
+        assert_close(got, beside, right, floor=1e-3)
 
 
 @pytest.mark.gpu
@@ -255,5 +311,5 @@ def test_cuda_without_flashinfer(monkeypatch) -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(InvalidArgumentError, match="backend='flash': choose auto, flashinfer or reference"):
+    with pytest.raises(InvalidArgumentError, match="backend='flash': choose auto, fused, flashinfer, reference"):
         choose_backend("flash", spec_of("group 2", 64), FP32, CPU)

@@ -39,6 +39,7 @@ ORDER = (
     "backends.base",
     "backends.reference",
     "backends.flashinfer",
+    "backends.fused",
     "backends",
     "plan",
     "ops",

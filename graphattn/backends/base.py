@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
 
@@ -32,8 +33,16 @@ class Plan(Protocol):
         """Prepares for these rows, from host numbers only; called before each step."""
         ...
 
-    def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        """Appends the new keys and values to the cache and then attends causally over each row.
+    def attend(
+        self,
+        q_NHD: Tensor,
+        k_NKD: Tensor,
+        v_NKD: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Norms and rotates queries and keys if asked to, appends keys and values, and attends causally over each row.
 
         Returns:
             `[N, H, D]`.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
 
@@ -47,6 +48,7 @@ class ReferencePlan:
         self.page_shape = cache.page_shape(spec)
 
     def plan(self, batch: Batch) -> None:
+        self._positions_N = batch.positions_N
         csr, device, page_size = batch.groups_host[self._group], batch.token_ids_N.device, self._cache.page_size
         kv_lens, query_lens = csr.kv_lens(page_size).tolist(), batch.qo_indptr_B1.diff().tolist()
         in_page = torch.arange(page_size, device="cpu")
@@ -66,7 +68,17 @@ class ReferencePlan:
                 for start, end, slots, length in zip(ends[:-1], ends[1:], slots_of_row, kv_lens, strict=True)
             ]
 
-    def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def attend(
+        self,
+        q_NHD: Tensor,
+        k_NKD: Tensor,
+        v_NKD: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        if rotary is not None:
+            q_NHD, k_NKD = rotary.rotate(q_NHD, k_NKD, self._positions_N)
         is_hnd = self._cache.layout == "HND"
         k_PSKD, v_PSKD = (cache.transpose(1, 2) if is_hnd else cache for cache in (k_cache, v_cache))
         k_PSKD.index_put_(self._new, k_NKD)

@@ -144,7 +144,7 @@ class Executor:
         """Raises what says that the model is no longer the one that was attached and captured.
 
         Raises:
-            InvalidArgumentError: its attention implementation was changed.
+            InvalidArgumentError: its attention implementation or a merged weight was changed.
             CaptureError: a weight no longer lies where captured steps read it.
         """
         if self.binding.implementation != IMPLEMENTATION:
@@ -152,6 +152,7 @@ class Executor:
                 f"the model was set to attn_implementation={self.binding.implementation!r} while an LLM runs it: set "
                 f"it back to {IMPLEMENTATION!r}, or close the LLM first"
             )
+        self.binding.merged.check()
         if not self.runner.uses_graphs:
             return
         replaced = any(children.get(name) is not child for children, name, child in self._children)

@@ -9,7 +9,7 @@ from .scheduler import Scheduler
 def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int) -> str:
     """Mode, backend, rope, ladder, pages, and how steps have run; a line each."""
     run, step, planner, pool = executor.runner, executor.step, executor.planner, scheduler.pool
-    counts = run.counts
+    counts, merged = run.counts, executor.binding.merged.num_merged
     buckets = ", ".join(f"{bucket} ({count} steps)" for bucket, count in run.bucket_steps().items())
     mode = "captured in CUDA graphs" if run.uses_graphs else "eager (no CUDA graphs)"
     compiled = f"compiled, {step.num_compiles} graphs" if step.compile else "not compiled"
@@ -19,7 +19,8 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int) -> str:
             "prefill     eager, not compiled",
             f"backend     {', '.join(backend.name for backend in planner.backends)} on {executor.device}",
             f"layers      {executor.num_layers} x {executor.binding.spec}",
-            "rope        applied by the model, outside the op",
+            f"rope        {_rope(executor)}",
+            f"merged      {', '.join(f'{count} x {kind}' for kind, count in merged.items())}",
             f"buckets     {buckets}; {run.ladder.waste(run.rows):.0%} of the rows computed were padding",
             f"pages       {pool.num_usable} of {pool.page_size} tokens ({planner.cache.layout}), {pool.num_used} in "
             f"use, {pool.num_cached} cached; max_seq_len {max_seq_len}",
@@ -27,3 +28,12 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int) -> str:
             f"guard; {scheduler.num_preemptions} preemptions, {pool.num_hits} tokens from the prefix cache",
         )
     )
+
+
+def _rope(executor: Executor) -> str:
+    takeover = executor.binding.rotary
+    if takeover.reason is not None:
+        return f"applied by the model, outside the op: {takeover.reason}"
+    ours = [rotary for rotary in takeover.rotaries if rotary is not None]
+    norms = sum(rotary.q_weight is not None for rotary in ours)
+    return f"in the op for {len(ours)} of {len(takeover.rotaries)} layers, with q and k norms for {norms}"

@@ -75,7 +75,7 @@ class _Nothing:
     def __init__(self, page_shape: tuple[int, int, int]):
         self.page_shape = page_shape
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rotary=None) -> Tensor:
         return q.new_zeros(q.shape)
 
 

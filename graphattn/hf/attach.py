@@ -218,7 +218,7 @@ class _UnpaddedPlan:
     def __init__(self, plan: Plan, indices_N: Tensor):
         self._plan, self._indices_N, self.page_shape = plan, indices_N, plan.page_shape
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rotary: None = None) -> Tensor:
         out = q.new_zeros(q.shape)
         if len(self._indices_N):
             picked = (tensor.index_select(0, self._indices_N) for tensor in (q, k, v))

@@ -10,7 +10,10 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from ..cache import KVCache
 from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..layer import Attention
+from ..rope import Rotary
+from .merge import MergedProjections
 from .probe import PROBE, PROBE_UNMASKED, probe, refuse_config, refuse_positions_by_place, shared_spec
+from .rotary import RotaryTakeover
 
 # A name with "flash" in it would be taken for flash_attn (transformers utils/generic.py, is_flash_attention_requested).
 IMPLEMENTATION = "graphattn"
@@ -47,12 +50,14 @@ class Binding:
 
     Args:
         model: a decoder of transformers, in eval mode.
-        packs: whether tokens of several requests will share a row.
+        packs: whether tokens of several requests will share a row, at positions that are those of their slots. Then
+            the layers also take over norm and rotation, and projections of one input are merged.
 
     Attributes:
         model: the model.
         layers: the `Attention` layers by layer index.
         spec: what each of them computes.
+        rotary, merged: what was taken over and merged; None unless it packs.
 
     Raises:
         UnsupportedModelError: the model's attention does something this layer does not serve; names it.
@@ -68,22 +73,34 @@ class Binding:
             )
         refuse_config(model)
         self.model = model
+        self.rotary: RotaryTakeover | None = None
+        self.merged: MergedProjections | None = None
         self._configs = _private_configs(model)
         self._modules: list[nn.Module] = []
         try:
             self._implement(PROBE)
             calls = probe(model)
             self.spec = shared_spec(model, calls)
+            rotaries: list[Rotary | None] = [None] * len(calls)
             if packs:
                 self._implement(PROBE_UNMASKED)
                 refuse_positions_by_place(model)
+                self.rotary = RotaryTakeover(model, calls)
+                self.merged = MergedProjections(model)
+                rotaries = self.rotary.rotaries
         except BaseException:
             self.detach()
             raise
         spec = self.spec
-        for call in calls:
+        for call, rotary in zip(calls, rotaries, strict=True):
             layer = Attention(
-                spec.num_heads, spec.head_dim, spec.scale, spec.num_kv_heads, window=spec.window, softcap=spec.softcap
+                spec.num_heads,
+                spec.head_dim,
+                spec.scale,
+                spec.num_kv_heads,
+                window=spec.window,
+                softcap=spec.softcap,
+                rotary=rotary,
             )
             call.module.add_module(LAYER, layer)
             self._modules.append(call.module)
@@ -111,6 +128,9 @@ class Binding:
         for module, original, _ in self._configs:
             module.config = original
         self._configs = []
+        for taken in (self.rotary, self.merged):
+            if taken is not None:
+                taken.detach()
 
     def _implement(self, name: str) -> None:
         for _, _, config in self._configs:

@@ -30,25 +30,21 @@ FARTHEST = 1 << 20  # positions up to which a layer's mask is read
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the attention function, as the probe saw it."""
+    """One call of the attention function, as the probe saw it; query `[1, H, 2, D]`, key and value `[1, K, 2, D]`."""
 
     module: nn.Module
-    device: torch.device
-    q_shape: tuple[int, ...]
-    k_shape: tuple[int, ...]
-    v_shape: tuple[int, ...]
+    query: Tensor
+    key: Tensor
+    value: Tensor
     mask: Tensor | None
     arguments: dict
-    columns_agree: bool
 
 
 _calls: ContextVar[list[Call]] = ContextVar("graphattn_calls")
 
 
 def _probe_attention(module, query, key, value, attention_mask, **arguments):
-    shapes = (tuple(tensor.shape) for tensor in (query, key, value))
-    agree = all(torch.allclose(each[:, :, 0], each[:, :, 1], rtol=0.05, atol=1e-4) for each in (query, key, value))
-    _calls.get().append(Call(module, query.device, *shapes, attention_mask, arguments, agree))
+    _calls.get().append(Call(module, query, key, value, attention_mask, arguments))
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
 
@@ -103,7 +99,8 @@ def refuse_positions_by_place(model: PreTrainedModel) -> None:
     twice at one position must give the same queries, keys and values.
     """
     scaled = getattr(model.config.get_text_config(), "attn_temperature_tuning", False)
-    if scaled or not all(call.columns_agree for call in probe(model, positions=(3, 3))):
+    tensors = [each for call in probe(model, positions=(3, 3)) for each in (call.query, call.key, call.value)]
+    if scaled or not all(torch.allclose(each[:, :, 0], each[:, :, 1], rtol=0.05, atol=1e-4) for each in tensors):
         raise UnsupportedModelError(
             f"{type(model).__name__} takes positions from a token's place in the row and not from position_ids, so "
             "requests cannot share a step; graphattn.hf.attach(model) may serve it"
@@ -161,13 +158,14 @@ def _spec(layer: str, model: PreTrainedModel, call: Call) -> AttentionSpec:
             raise UnsupportedModelError(f"{layer} uses {meaning} ({argument}), which is not served")
     if arguments.get("is_causal") is False or getattr(call.module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{layer} is not causal, which is not served")
-    if call.v_shape[3] != call.q_shape[3]:
+    head_dim, v_dim, device = call.query.shape[3], call.value.shape[3], call.query.device
+    if v_dim != head_dim:
         raise UnsupportedModelError(
-            f"{layer} has values of width {call.v_shape[3]} under keys of width {call.q_shape[3]}, which is not served"
+            f"{layer} has values of width {v_dim} under keys of width {head_dim}, which is not served"
         )
-    if call.device != model.device:
+    if device != model.device:
         raise UnsupportedModelError(
-            f"{layer} is on {call.device}, the model on {model.device}: a model over several devices is not served"
+            f"{layer} is on {device}, the model on {model.device}: a model over several devices is not served"
         )
     window = arguments.get("sliding_window")
     if call.mask is not None and not _is_causal(call.mask, window):
@@ -175,9 +173,9 @@ def _spec(layer: str, model: PreTrainedModel, call: Call) -> AttentionSpec:
             f"{layer} asks for window={window}, but its mask is not the causal one of that window; that is not served"
         )
     return AttentionSpec(
-        num_heads=call.q_shape[1],
-        num_kv_heads=call.k_shape[1],
-        head_dim=call.q_shape[3],
+        num_heads=call.query.shape[1],
+        num_kv_heads=call.key.shape[1],
+        head_dim=head_dim,
         scale=arguments.get("scaling"),
         window=window,
         softcap=arguments.get("softcap"),

@@ -9,6 +9,7 @@ from flashinfer import append_paged_kv_cache
 from torch import Tensor
 
 from ...batch import CSR, Batch
+from ...rope import Rotary
 from ...spec import AttentionSpec, CacheSpec
 from .workspace import PlanFence
 
@@ -33,7 +34,17 @@ class PagedPlan:
         self._rows_N, self._positions_N, self._csr = batch.rows_N, batch.positions_N, batch.groups[self._group]
         return batch.groups_host[self._group]
 
-    def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def attend(
+        self,
+        q_NHD: Tensor,
+        k_NKD: Tensor,
+        v_NKD: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        if rotary is not None:
+            q_NHD, k_NKD = rotary.rotate(q_NHD, k_NKD, self._positions_N)
         csr, pages = self._csr, (k_cache, v_cache)
         table = (csr.indices_P, csr.indptr_B1, csr.last_page_len_B)
         append_paged_kv_cache(k_NKD, v_NKD, self._rows_N, self._positions_N, pages, *table, kv_layout=self._layout)

@@ -1,0 +1,161 @@
+"""Our decode kernel, which needs no plan, beside FlashInfer's prefill.
+
+Suffix letters: N tokens (one a row), H query heads, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..rope import Rotary
+from ..spec import AttentionSpec, CacheSpec
+from ..state import StepState
+from .base import Plan
+from .flashinfer import FlashInferBackend
+
+BLOCK = 64  # tokens that a program reads at once
+
+
+class FusedBackend:
+    """Norm, rotation, append and attention of a decode step in one kernel; prefill by FlashInfer."""
+
+    name = "fused"
+    capturable = True
+
+    def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, device: torch.device):
+        self._group, self._spec, self._cache = group, spec, cache
+        self._prefill = FlashInferBackend(group, spec, cache, device)
+        self._workspace: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @staticmethod
+    def rejections(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> list[str]:
+        reasons = [f"its prefill: {reason}" for reason in FlashInferBackend.rejections(spec, cache, device)]
+        if find_spec("triton") is None:
+            reasons.append("Triton is not installed: pip install triton (torch's CUDA builds bring it)")
+        return reasons
+
+    def decode_plan(self, state: StepState, bucket: int) -> Plan:
+        if self._workspace is None:
+            self._workspace = self._allocate(state)
+        return DecodePlan(self._group, self._spec, self._cache, bucket, self._workspace)
+
+    def prefill_plan(self) -> Plan:
+        return self._prefill.prefill_plan()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._prefill.num_bytes + sum(buffer.nbytes for buffer in self._workspace or ())
+
+    def _allocate(self, state: StepState) -> tuple[Tensor, Tensor, Tensor]:
+        """Parts of rows that are split, their maxima and sums, and how many parts of each row and kv head are done."""
+        spec = self._spec
+        parts = max(rows * split(rows * spec.num_kv_heads)[0] for rows in range(1, state.max_batch + 1))
+        floats = {"dtype": torch.float32, "device": state.device}
+        with torch.inference_mode(False):
+            return (
+                torch.empty(parts * spec.num_heads * spec.head_dim, **floats),
+                torch.empty(parts * spec.num_heads * 2, **floats),
+                torch.zeros(state.max_batch * spec.num_kv_heads, dtype=torch.int32, device=state.device),
+            )
+
+
+def split(programs: int) -> tuple[int, int]:
+    """Into how many chunks at most a row is split, and how long each is at least, for so many rows x kv heads.
+
+    Few programs leave most of the device idle, so short rows are split too; many fill it, and only rows much longer
+    than the others gain. Measured in the chain: docs/design-notes.md.
+    """
+    if programs <= 16:
+        return 128 // programs, BLOCK
+    if programs <= 128:
+        return 16, 5 * BLOCK
+    return 16 if programs <= 1024 else 8, 32 * BLOCK
+
+
+class DecodePlan:
+    """A bucket's launch; nothing in it depends on the rows, so nothing is ever planned."""
+
+    def __init__(
+        self,
+        group: int,
+        spec: AttentionSpec,
+        cache: CacheSpec,
+        bucket: int,
+        workspace: tuple[Tensor, Tensor, Tensor],
+    ):
+        self._group, self._spec, self._cache, self._workspace = group, spec, cache, workspace
+        self.page_shape = cache.page_shape(spec)
+        self._splits, self._least = split(bucket * spec.num_kv_heads)
+
+    @property
+    def signature(self) -> tuple:
+        return (self._splits, self._least)
+
+    def plan(self, batch: Batch) -> None:
+        self._csr = batch.groups[self._group]
+
+    def attend(
+        self,
+        q_NHD: Tensor,
+        k_NKD: Tensor,
+        v_NKD: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        from ..kernels.decode import decode_kernel
+
+        spec, csr = self._spec, self._csr
+        q, k, v = (_heads_together(tensor) for tensor in (q_NHD, k_NKD, v_NKD))
+        out_NHD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        slot, head = (1, 2) if self._cache.layout == "NHD" else (2, 1)
+        has_norm = rotary is not None and rotary.q_weight is not None
+        decode_kernel[(self._splits, spec.num_kv_heads, len(q))](
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            csr.indptr_B1,
+            csr.indices_P,
+            csr.last_page_len_B,
+            out_NHD,
+            *self._workspace,
+            None if rotary is None else rotary.inv_freq,
+            rotary.q_weight if has_norm else None,
+            rotary.k_weight if has_norm else None,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            k_cache.stride(0),
+            k_cache.stride(slot),
+            k_cache.stride(head),
+            spec.scale,
+            spec.softcap or 0.0,
+            spec.window or 0,
+            1.0 if rotary is None else rotary.scaling,
+            0.0 if rotary is None else rotary.eps,
+            GROUP=spec.group_size,
+            ROWS=max(16, 1 << (spec.group_size - 1).bit_length()),
+            HALF=spec.head_dim // 2,
+            PAGE=self._cache.page_size,
+            BLOCK=BLOCK,
+            SPLITS=self._splits,
+            LEAST=self._least,
+            HAS_WINDOW=spec.window is not None,
+            HAS_SOFTCAP=spec.softcap is not None,
+            HAS_ROTARY=rotary is not None,
+            HAS_NORM=has_norm,
+            num_warps=4,
+            num_stages=2,
+        )
+        return out_NHD
+
+
+def _heads_together(x_NHD: Tensor) -> Tensor:
+    """Rows may lie apart (columns of a merged projection), a row's heads may not."""
+    return x_NHD if x_NHD.stride()[1:] == (x_NHD.shape[2], 1) else x_NHD.contiguous()

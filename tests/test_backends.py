@@ -234,7 +234,7 @@ def test_flashinfer_plans_ahead(heads: str, monkeypatch) -> None:
     for grown in (*range(0, 70, 3), 0):
         cached = [length + grown for length in lens]
         rows = DenseRows(spec, cached, [1] * 5, page_size=16, dtype=torch.bfloat16, device="cuda", seed=grown)
-        plan = plan or Planner([spec], rows.cache.cache, "cuda").decode(state, 8)
+        plan = plan or Planner([spec], rows.cache.cache, "cuda", "flashinfer").decode(state, 8)
         tables = [table.pages for table in rows.tables]
         plan.plan(state.stage(8, [0] * 5, [length + 1 for length in cached], [tables]))
         padded = [torch.cat([tensor, tensor.new_ones(3, *tensor.shape[1:])]) for tensor in rows.packed]
@@ -257,7 +257,7 @@ def test_flashinfer_plan_that_is_interrupted_is_made_again(monkeypatch) -> None:
     spec = spec_of("group 2", 128)
     state = StepState(max_batch=2, max_seq_len=4096, page_size=16, groups=[spec], device="cuda")
     rows = DenseRows(spec, [1500, 3000], [1, 1], page_size=16, dtype=torch.bfloat16, device="cuda")
-    plan = Planner([spec], rows.cache.cache, "cuda").decode(state, 2)
+    plan = Planner([spec], rows.cache.cache, "cuda", "flashinfer").decode(state, 2)
     batch = state.stage(2, [0, 0], [1501, 3001], [[table.pages for table in rows.tables]])
     monkeypatch.setattr(decode, "fast_decode_plan", interrupted)
     with pytest.raises(KeyboardInterrupt):

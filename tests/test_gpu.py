@@ -75,11 +75,13 @@ class Rows:
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_captured_is_eager_bit_for_bit(family: str, compile: bool) -> None:
+@pytest.mark.parametrize(("family", "backend"), [("llama", "fused"), ("qwen3", "fused"), ("llama", "flashinfer")])
+def test_captured_is_eager_bit_for_bit(family: str, backend: str, compile: bool) -> None:
     """Every bucket, full and padded, at lengths other than the captured one, everything unused poisoned."""
     torch._dynamo.reset()
-    with LLM(small(family), max_batch=256, max_seq_len=512, num_pages=1600, compile=compile) as llm:
+    options = {"max_batch": 256, "max_seq_len": 512, "num_pages": 1600, "compile": compile, "backend": backend}
+    with LLM(small(family), **options) as llm:
+        assert f"{backend} on cuda" in llm.explain()
         runner = llm._executor.runner
         assert runner.uses_graphs
         assert sorted(capture.bucket for capture in runner.captures) == list(runner.ladder)
@@ -101,12 +103,13 @@ def test_captured_is_eager_bit_for_bit(family: str, compile: bool) -> None:
         assert runner.counts["eager"] == runner.counts["guard"] == 0
 
 
-def test_captured_is_eager_over_long_contexts_and_kept_plans() -> None:
+@pytest.mark.parametrize("backend", ["fused", "flashinfer"])
+def test_captured_is_eager_over_long_contexts_and_kept_plans(backend: str) -> None:
     """Contexts of many chunks beside short ones, growing across pages under plans that look ahead."""
     model, plain, exact = (small("llama", max_position_embeddings=4096) for _ in range(3))
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(0, 128, (length,), generator=generator).tolist() for length in (5, 700, 1500, 3000)]
-    with LLM(model, max_batch=6, max_seq_len=4096, num_pages=500, compile=False) as llm:
+    with LLM(model, max_batch=6, max_seq_len=4096, num_pages=500, compile=False, backend=backend) as llm:
         runner = llm._executor.runner
         poison(llm)
         rows = Rows(llm, texts)
@@ -124,9 +127,11 @@ def test_captured_is_eager_over_long_contexts_and_kept_plans() -> None:
         assert_close(ours, *last, floor=2e-3)
 
 
-def test_logits_do_not_depend_on_what_ran_before() -> None:
+@pytest.mark.parametrize("backend", ["fused", "flashinfer"])
+def test_logits_do_not_depend_on_what_ran_before(backend: str) -> None:
     """The same rows at the same bucket give the same bits whatever was planned there in between."""
-    with LLM(small("llama", max_position_embeddings=4096), max_batch=6, num_pages=900, compile=False) as llm:
+    model = small("llama", max_position_embeddings=4096)
+    with LLM(model, max_batch=6, num_pages=900, compile=False, backend=backend) as llm:
         runner = llm._executor.runner
         generator = torch.Generator().manual_seed(0)
         rows, others = (
@@ -182,13 +187,14 @@ def test_default_sizing_leaves_room_for_a_whole_prefill() -> None:
         assert len(output.token_ids) == 4
 
 
+@pytest.mark.parametrize("backend", ["fused", "flashinfer"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_within_twice_plain_torch(family: str) -> None:
+def test_logits_within_twice_plain_torch(family: str, backend: str) -> None:
     """Prefill and captured decode, teacher-forced, against transformers in float32; transformers in bf16 beside."""
     model = small(family)
     plain, exact = small(family), small(family).float()
     texts = prompts(9, seed=3, longest=120)
-    with LLM(model, max_batch=12, max_seq_len=512, compile=False) as llm:
+    with LLM(model, max_batch=12, max_seq_len=512, compile=False, backend=backend) as llm:
         poison(llm)
         _compare(llm, plain, exact, texts, floor=1e-3)
 
@@ -350,6 +356,25 @@ def test_nothing_on_the_step_path_waits_for_the_device() -> None:
 
 def _count(profile, name: str) -> int:
     return next((event.count for event in profile.key_averages() if event.key == name), 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9], ids=["greedy", "drawn"])
+def test_reading_a_step_late_changes_nothing(temperature: float) -> None:
+    """Overlap on and off, at one bucket, with rows that end by what they draw: the same log-probabilities, bit for bit."""
+    texts = prompts(8, seed=11)
+    params = [
+        SamplingParams(temperature=temperature, seed=row, max_tokens=9 + 5 * row, stop_token_ids=range(12), logprobs=1)
+        for row in range(len(texts))
+    ]
+    options = {"max_batch": 8, "buckets": [8], "max_seq_len": 128}
+    found = []
+    for overlap in (False, True):
+        with LLM(small("qwen3"), compile=False, **options) as llm:
+            llm._engine._overlap = overlap
+            found.append([(output.token_ids, output.logprobs) for output in llm.generate(texts, params)])
+            llm.pool.check()
+            assert llm.pool.num_used == 0
+    assert found[0] == found[1]
 
 
 def test_plan_guard_runs_eager_counts_and_captures_anew() -> None:

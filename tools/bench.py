@@ -1,6 +1,7 @@
-"""Measures decoding as a user gets it, through `LLM`: the ceiling first, then correctness, then time per step.
+"""Measures decoding as a user gets it, through `LLM`: the ceiling first, then correctness, then speed.
 
     python tools/bench.py --shape tools/shapes/qwen3-0.6b.json --batches 1,8,32 --context 1024
+    python tools/bench.py --shape tools/shapes/qwen3-0.6b.json --workload nano
 
 Prints a table, and one JSON document as the last line (and into `--json PATH`).
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -174,23 +176,82 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def steps(llm: LLM, sizes: list[int], context: int, tokens: int, rate: float) -> list[dict]:
+    """Time per decode step at each batch size, beside what its bytes take at the copy rate."""
+    rows = []
+    table = Table("batch", "step ms p20", "p50", "p80", "tokens/s", "bytes / copy rate, ms", "share of that rate")
+    decode(llm, max(sizes), context, 1)
+    for batch in sizes:
+        times = decode(llm, batch, context, tokens)
+        p20, p50, p80 = (quantile(times, share) * 1e3 for share in (0.2, 0.5, 0.8))
+        floor = step_bytes(llm.model, batch, context + WARM_TOKENS + tokens // 2) / rate * 1e3
+        rows.append(
+            {
+                "batch": batch,
+                "context": context,
+                "steps": len(times),
+                "step_ms": {"p20": p20, "p50": p50, "p80": p80},
+                "tokens_per_s": batch / p50 * 1e3,
+                "floor_ms": floor,
+            }
+        )
+        figures = (*(f"{value:.3f}" for value in (p20, p50, p80)), f"{batch / p50 * 1e3:.0f}", f"{floor:.3f}")
+        table.add_row(str(batch), *figures, f"{floor / p50:.0%}")
+    console.print(table)
+    return rows
+
+
+def mixed(llm: LLM, num_requests: int, longest: int) -> list[dict]:
+    """Output tokens per second over requests of mixed lengths, drawn at temperature 0.6, all sent at once (the workload
+    of nano-vLLM's bench: 256 requests, prompts and outputs of 100 to 1024 tokens, seed 0)."""
+    shortest = min(100, longest)
+    rng, vocab = random.Random(0), llm.model.config.get_text_config().vocab_size
+    lens = (shortest, longest)
+    prompts = [[rng.randint(0, min(10000, vocab - 1)) for _ in range(rng.randint(*lens))] for _ in range(num_requests)]
+    params = [
+        SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=rng.randint(*lens), seed=index)
+        for index in range(num_requests)
+    ]
+    llm.generate(prompts[:8], SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=4))
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, params)
+    seconds = time.perf_counter() - started
+    num_tokens = sum(len(output.token_ids) for output in outputs)
+    console.print(f"{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.0f} tokens/s")
+    return [
+        {
+            "requests": num_requests,
+            "prompt_tokens": sum(map(len, prompts)),
+            "output_tokens": num_tokens,
+            "seconds": seconds,
+            "tokens_per_s": num_tokens / seconds,
+        }
+    ]
+
+
 def main(
+    workload: Annotated[str, typer.Option(help="decode: time per step. nano: tokens/s of mixed requests.")] = "decode",
     shape: Annotated[Path, typer.Option(help="Model config as JSON; weights are random.")] = Path(
         "tools/shapes/tiny.json"
     ),
-    batches: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,4",
-    context: Annotated[int, typer.Option(min=1, help="Prompt tokens of each request.")] = 64,
-    tokens: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 128,
-    compile: Annotated[bool, typer.Option(help="Compile the step with Inductor.")] = False,
+    batches: Annotated[str, typer.Option(help="decode: batch sizes, with commas.")] = "1,4",
+    context: Annotated[int, typer.Option(min=1, help="decode: prompt tokens of each request.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="decode: timed steps.")] = 128,
+    requests: Annotated[int, typer.Option(min=1, help="nano: how many.")] = 256,
+    longest: Annotated[int, typer.Option(min=1, help="nano: tokens of a prompt, and of an answer, at most.")] = 1024,
+    backend: Annotated[str, typer.Option(help="As LLM takes it.")] = "auto",
+    compile: Annotated[bool | None, typer.Option(help="Compile the step; on CUDA by default.")] = None,
     enforce_eager: Annotated[bool, typer.Option(help="No CUDA graphs.")] = False,
     commit: Annotated[str | None, typer.Option(help="The commit, where there is no git to ask.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the document there too.")] = None,
 ) -> None:
-    """Decode steps at several batch sizes."""
+    """Measures decoding through LLM, after its results were found right."""
+    if workload not in ("decode", "nano"):
+        raise typer.BadParameter(f"workload {workload!r}: choose decode or nano")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     sizes = [int(size) for size in batches.split(",")]
-    options = {"compile": compile, "enforce_eager": enforce_eager}
+    options = {"backend": backend, "compile": "auto" if compile is None else compile, "enforce_eager": enforce_eager}
     rate = copy_rate(device)
     console.print(f"a copy within the device runs at {rate / 1e9:.0f} GB/s")
     checked = accuracy(shape, dtype, device, options)
@@ -198,51 +259,26 @@ def main(
     if not checked["ours_rms"] <= 2 * checked["plain_rms"] + 1e-3:
         console.print("our error is more than twice plain torch's: not measuring a step that is wrong")
         raise typer.Exit(1)
+    if workload == "decode":
+        limit = context + tokens_each(max(sizes), context, tokens)
+        options |= {"max_batch": max(sizes), "max_seq_len": limit, "buckets": sizes}
+    else:
+        options |= {"max_batch": min(256, requests), "max_seq_len": 2 * longest}
     model = random_model(shape, dtype, device)
     started = time.perf_counter()
-    llm = LLM(
-        model,
-        max_batch=max(sizes),
-        max_seq_len=context + tokens_each(max(sizes), context, tokens),
-        buckets=sizes,
-        max_prefill_tokens=PREFILL_TOKENS,
-        prefix_cache=False,
-        **options,
-    )
-    start_seconds = time.perf_counter() - started
-    rows = []
-    table = Table("batch", "step ms p20", "p50", "p80", "tokens/s", "bytes / copy rate, ms", "share of that rate")
-    with llm:
-        decode(llm, max(sizes), context, 1)
-        for batch in sizes:
-            times = decode(llm, batch, context, tokens)
-            p20, p50, p80 = (quantile(times, share) * 1e3 for share in (0.2, 0.5, 0.8))
-            floor = step_bytes(model, batch, context + WARM_TOKENS + tokens // 2) / rate * 1e3
-            rows.append(
-                {
-                    "batch": batch,
-                    "context": context,
-                    "steps": len(times),
-                    "step_ms": {"p20": p20, "p50": p50, "p80": p80},
-                    "tokens_per_s": batch / p50 * 1e3,
-                    "floor_ms": floor,
-                }
-            )
-            table.add_row(
-                str(batch),
-                *(f"{value:.3f}" for value in (p20, p50, p80)),
-                f"{batch / p50 * 1e3:.0f}",
-                f"{floor:.3f}",
-                f"{floor / p50:.0%}",
-            )
+    with LLM(model, max_prefill_tokens=PREFILL_TOKENS, prefix_cache=False, **options) as llm:
+        start_seconds = time.perf_counter() - started
+        if workload == "decode":
+            rows = steps(llm, sizes, context, tokens, rate)
+        else:
+            rows = mixed(llm, requests, longest)
         explained, ledger = llm.explain(), llm.ledger().to_json()
-    console.print(table)
     document = {
         "schema_version": SCHEMA_VERSION,
-        "workload": "decode",
+        "workload": workload,
         "environment": environment(device, commit),
         "model": {"shape": shape.stem, "dtype": str(dtype), "weights": "random"},
-        "options": options | {"max_batch": max(sizes), "buckets": sizes},
+        "options": options,
         "copy_rate_gb_s": rate / 1e9,
         "accuracy": checked,
         "start_s": start_seconds,

@@ -72,7 +72,7 @@ def split(programs: int) -> tuple[int, int]:
     if programs <= 16:
         return 128 // programs, BLOCK
     if programs <= 128:
-        return 16, 5 * BLOCK
+        return 8, 4 * BLOCK
     return 16 if programs <= 1024 else 8, 32 * BLOCK
 
 

@@ -18,6 +18,7 @@ from ..memory import tensor_bytes
 from ..ops import active_plans
 from ..plan import Planner
 from ..runner import DecodeRunner
+from ..sampling import RowSampling, SamplingParams
 from ..spec import CacheSpec
 from ..state import StepState
 from .flight import Flight
@@ -75,8 +76,13 @@ class Executor:
         self._addresses = self._read_addresses()
 
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Prepares every bucket (or the largest, if lazily)."""
+        """Prepares every bucket (or the largest, if lazily), and what draws outside them."""
         self.runner.capture(progress)
+        if self.device.type == "cuda":
+            # Kernels are compiled at their first call, which no request should wait for.
+            logits = torch.zeros(1, self.model.get_input_embeddings().num_embeddings, device=self.device)
+            for params in (SamplingParams(), SamplingParams(min_p=0.5), SamplingParams(top_p=0.5)):
+                sample(logits.to(self.model.dtype), [RowSampling(params, seed=0, position=0)])
 
     def prefill(self, chunks: Sequence[Chunk]) -> Flight | None:
         """Computes the next tokens of each request; draws one for each chunk that completes its request's tokens.

@@ -81,6 +81,8 @@ class Attachment:
         self._calls = _CallLock()
         try:
             self._pool: GrowingPool | None = GrowingPool(self._binding, page_size=page_size, num_pages=num_pages)
+            if backend == "auto" and model.device.type == "cuda":
+                backend = "flashinfer"  # every call is a ragged one; others differ in decode plans only
             planner = Planner([self._binding.spec], self._pool.cache.cache, model.device, backend)
             self._plan: StepPlan | None = planner.prefill()
         except BaseException:

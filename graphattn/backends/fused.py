@@ -5,8 +5,6 @@ Suffix letters: N tokens (one a row), H query heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
@@ -33,10 +31,7 @@ class FusedBackend:
 
     @staticmethod
     def rejections(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> list[str]:
-        reasons = [f"its prefill: {reason}" for reason in FlashInferBackend.rejections(spec, cache, device)]
-        if find_spec("triton") is None:
-            reasons.append("Triton is not installed: pip install triton (torch's CUDA builds bring it)")
-        return reasons
+        return [f"its prefill: {reason}" for reason in FlashInferBackend.rejections(spec, cache, device)]
 
     def decode_plan(self, state: StepState, bucket: int) -> Plan:
         if self._workspace is None:

@@ -360,7 +360,7 @@ def _count(profile, name: str) -> int:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9], ids=["greedy", "drawn"])
 def test_reading_a_step_late_changes_nothing(temperature: float) -> None:
-    """Overlap on and off, at one bucket, with rows that end by what they draw: the same tokens and logprobs."""
+    """Overlap on and off, at one bucket, with rows that end by what they draw: the same log-probabilities, bit for bit."""
     texts = prompts(8, seed=11)
     params = [
         SamplingParams(temperature=temperature, seed=row, max_tokens=9 + 5 * row, stop_token_ids=range(12), logprobs=1)

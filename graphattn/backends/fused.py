@@ -5,6 +5,8 @@ Suffix letters: N tokens (one a row), H query heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,10 @@ class FusedBackend:
 
     @staticmethod
     def rejections(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> list[str]:
-        return [f"its prefill: {reason}" for reason in FlashInferBackend.rejections(spec, cache, device)]
+        reasons = [f"its prefill: {reason}" for reason in FlashInferBackend.rejections(spec, cache, device)]
+        if find_spec("triton") is None:
+            reasons.append("Triton is not installed: pip install triton (torch's CUDA builds bring it)")
+        return reasons
 
     def decode_plan(self, state: StepState, bucket: int) -> Plan:
         if self._workspace is None:

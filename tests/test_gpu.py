@@ -252,8 +252,10 @@ def test_real_model(smollm2: Path) -> None:
     with LLM(smollm2, device="cuda", max_batch=4, max_seq_len=1024, compile=False) as llm:
         poison(llm)
         _compare(llm, plain, exact, texts, floor=1e-3)
-        answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], GREEDY_TEXT)[0]
-        assert "Paris" in answer.text
+        # Here no likeliest token leads by less than 0.77 in float32; at less, bf16 may take another one.
+        request = "Repeat after me: one, two, three, four, five."
+        answer = llm.chat([{"role": "user", "content": request}], GREEDY_TEXT)[0]
+        assert answer.text == "One, two, three, four, five."
         assert answer.finish_reason == "stop"
 
 
@@ -360,7 +362,7 @@ def _count(profile, name: str) -> int:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9], ids=["greedy", "drawn"])
 def test_reading_a_step_late_changes_nothing(temperature: float) -> None:
-    """Overlap on and off, at one bucket, with rows that end by what they draw: the same log-probabilities, bit for bit."""
+    """Overlap on and off, at one bucket, with rows that end by what they draw: the same tokens and logprobs."""
     texts = prompts(8, seed=11)
     params = [
         SamplingParams(temperature=temperature, seed=row, max_tokens=9 + 5 * row, stop_token_ids=range(12), logprobs=1)

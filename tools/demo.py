@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 STARTED = time.perf_counter()
 PROMPTS = (
-    "What is the capital of France?",
+    "What is the opposite of hot?",
     "Explain in two sentences why the sky is blue.",
     "Write a short poem about a lighthouse.",
 )

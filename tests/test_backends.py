@@ -293,6 +293,8 @@ def test_auto_is_reference_on_cpu() -> None:
         ("flashinfer", spec_of("group 2", 64), BF16, CPU, ["CUDA device", "cpu", "backend='reference'"]),
         ("flashinfer", spec_of("group 2", 80), BF16, CUDA, ["head_dim 80", "64, 128, 256"]),
         ("auto", spec_of("group 2", 64), FP32, CUDA, ["float32", "torch.bfloat16"]),
+        ("fused", spec_of("group 2", 256), BF16, CUDA, ["head_dim 256: its decode kernel is for 64 and 128"]),
+        ("fused", replace(spec_of("group 7", 64), num_heads=17), BF16, CUDA, ["17 query heads share a kv head"]),
     ],
 )
 def test_rejections_are_listed(name, spec, cache, device, words) -> None:

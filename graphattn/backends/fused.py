@@ -18,6 +18,8 @@ from .base import Plan
 from .flashinfer import FlashInferBackend
 
 BLOCK = 64  # tokens that a program reads at once
+HEAD_DIMS = (64, 128)
+MAX_GROUP_SIZE = 16
 
 
 class FusedBackend:
@@ -34,6 +36,10 @@ class FusedBackend:
     @staticmethod
     def rejections(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> list[str]:
         reasons = [f"its prefill: {reason}" for reason in FlashInferBackend.rejections(spec, cache, device)]
+        if spec.head_dim not in HEAD_DIMS:
+            reasons.append(f"head_dim {spec.head_dim}: its decode kernel is for {' and '.join(map(str, HEAD_DIMS))}")
+        if spec.group_size > MAX_GROUP_SIZE:
+            reasons.append(f"{spec.group_size} query heads share a kv head: its decode kernel takes {MAX_GROUP_SIZE}")
         if find_spec("triton") is None:
             reasons.append("Triton is not installed: pip install triton (torch's CUDA builds bring it)")
         return reasons

@@ -135,6 +135,7 @@ class Engine:
     def close(self) -> None:
         """Aborts what runs; nothing can be added any more."""
         self._closed = True
+        self._flights.clear()
         for request_id in list(self._requests):
             self.abort(request_id)
 

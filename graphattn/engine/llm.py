@@ -239,6 +239,8 @@ class LLM:
     def step(self) -> list[Delta]:
         """Runs one step: a chunk of prefill for rows that need it, one token for every row that decodes.
 
+        On CUDA what a step drew is returned by the next call, once that has launched its own.
+
         If a forward pass raises, its requests go back to wait with nothing lost, and the error is raised.
 
         Returns:

@@ -167,6 +167,10 @@ class StepState:
                 f"{num_rows} token ids, {given}: give one length per row and, for each of {len(self.groups)} layer "
                 "groups, one table per row"
             )
+        sources = [source for source in drawn or () if source is not None]
+        if drawn is not None and (len(drawn) != num_rows or not all(0 <= at < self.drawn.numel() for at in sources)):
+            places = f"0 to {self.drawn.numel() - 1}"
+            raise InvalidArgumentError(f"drawn={list(drawn)}, {num_rows} rows: give each a place, {places}, or None")
         if seq_lens and max(seq_lens) > self.max_seq_len:
             row = max(range(num_rows), key=lambda index: seq_lens[index])
             raise InvalidArgumentError(f"row {row}: {seq_lens[row]} tokens, max_seq_len is {self.max_seq_len}")

@@ -119,6 +119,12 @@ def test_what_cannot_be_staged(bucket, tokens, lens, tables, words) -> None:
         new_state().stage(bucket, tokens, lens, [tables])
 
 
+@pytest.mark.parametrize("drawn", [[0], [0, -1], [0, 10**6]])
+def test_places_of_drawn_tokens_are_checked(drawn: list[int]) -> None:
+    with pytest.raises(InvalidArgumentError, match="2 rows: give each a place, 0 to 127, or None"):
+        new_state().stage(2, [1, 2], [1, 1], [[[1], [2]]], drawn=drawn)
+
+
 def test_as_many_tables_as_groups() -> None:
     for tables in ([], [[[1]], [[1]]]):
         with pytest.raises(InvalidArgumentError, match="for each of 1 layer groups, one table per row"):

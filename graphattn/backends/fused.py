@@ -6,6 +6,7 @@ Suffix letters: N tokens (one a row), H query heads, K kv heads, D head dim.
 from __future__ import annotations
 
 from importlib.util import find_spec
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class FusedBackend:
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, device: torch.device):
         self._group, self._spec, self._cache = group, spec, cache
         self._prefill = FlashInferBackend(group, spec, cache, device)
-        self._workspace: tuple[Tensor, Tensor, Tensor] | None = None
+        self._workspaces: WeakKeyDictionary[StepState, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
 
     @staticmethod
     def rejections(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> list[str]:
@@ -45,16 +46,16 @@ class FusedBackend:
         return reasons
 
     def decode_plan(self, state: StepState, bucket: int) -> Plan:
-        if self._workspace is None:
-            self._workspace = self._allocate(state)
-        return DecodePlan(self._group, self._spec, self._cache, bucket, self._workspace)
+        if state not in self._workspaces:
+            self._workspaces[state] = self._allocate(state)
+        return DecodePlan(self._group, self._spec, self._cache, bucket, self._workspaces[state])
 
     def prefill_plan(self) -> Plan:
         return self._prefill.prefill_plan()
 
     @property
     def num_bytes(self) -> int:
-        return self._prefill.num_bytes + sum(buffer.nbytes for buffer in self._workspace or ())
+        return self._prefill.num_bytes + sum(buffer.nbytes for each in self._workspaces.values() for buffer in each)
 
     def _allocate(self, state: StepState) -> tuple[Tensor, Tensor, Tensor]:
         """Parts of rows that are split, their maxima and sums, and how many parts of each row and kv head are done."""
@@ -120,45 +121,46 @@ class DecodePlan:
         out_NHD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         slot, head = (1, 2) if self._cache.layout == "NHD" else (2, 1)
         has_norm = rotary is not None and rotary.q_weight is not None
-        decode_kernel[(self._splits, spec.num_kv_heads, len(q))](
-            q,
-            k,
-            v,
-            k_cache,
-            v_cache,
-            csr.indptr_B1,
-            csr.indices_P,
-            csr.last_page_len_B,
-            out_NHD,
-            *self._workspace,
-            None if rotary is None else rotary.inv_freq,
-            rotary.q_weight if has_norm else None,
-            rotary.k_weight if has_norm else None,
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            k_cache.stride(0),
-            k_cache.stride(slot),
-            k_cache.stride(head),
-            spec.scale,
-            spec.softcap or 0.0,
-            spec.window or 0,
-            1.0 if rotary is None else rotary.scaling,
-            0.0 if rotary is None else rotary.eps,
-            GROUP=spec.group_size,
-            ROWS=max(16, 1 << (spec.group_size - 1).bit_length()),
-            HALF=spec.head_dim // 2,
-            PAGE=self._cache.page_size,
-            BLOCK=BLOCK,
-            SPLITS=self._splits,
-            LEAST=self._least,
-            HAS_WINDOW=spec.window is not None,
-            HAS_SOFTCAP=spec.softcap is not None,
-            HAS_ROTARY=rotary is not None,
-            HAS_NORM=has_norm,
-            num_warps=4,
-            num_stages=2,
-        )
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            decode_kernel[(self._splits, spec.num_kv_heads, len(q))](
+                q,
+                k,
+                v,
+                k_cache,
+                v_cache,
+                csr.indptr_B1,
+                csr.indices_P,
+                csr.last_page_len_B,
+                out_NHD,
+                *self._workspace,
+                None if rotary is None else rotary.inv_freq,
+                rotary.q_weight if has_norm else None,
+                rotary.k_weight if has_norm else None,
+                q.stride(0),
+                k.stride(0),
+                v.stride(0),
+                k_cache.stride(0),
+                k_cache.stride(slot),
+                k_cache.stride(head),
+                spec.scale,
+                spec.softcap or 0.0,
+                spec.window or 0,
+                1.0 if rotary is None else rotary.scaling,
+                0.0 if rotary is None else rotary.eps,
+                GROUP=spec.group_size,
+                ROWS=max(16, 1 << (spec.group_size - 1).bit_length()),
+                HALF=spec.head_dim // 2,
+                PAGE=self._cache.page_size,
+                BLOCK=BLOCK,
+                SPLITS=self._splits,
+                LEAST=self._least,
+                HAS_WINDOW=spec.window is not None,
+                HAS_SOFTCAP=spec.softcap is not None,
+                HAS_ROTARY=rotary is not None,
+                HAS_NORM=has_norm,
+                num_warps=4,
+                num_stages=2,
+            )
         return out_NHD
 
 

@@ -90,7 +90,6 @@ class Engine:
         If a forward pass raises, its requests go back to wait with nothing lost, and the error is raised.
         """
         if not self._requests:
-            self._flights.clear()
             return
         self._executor.check_model()
         if any(request.params.repetition_penalty != 1.0 for request in self._scheduler.running):
@@ -105,6 +104,8 @@ class Engine:
         # Without anything to run beside it there is no reason to wait with reading.
         is_busy = any(not request.is_spent for request in self._scheduler.running)
         self.land(earlier if self._overlap and is_busy else None)
+        if not self._requests:
+            self._flights.clear()  # of requests that ended by what they drew; nobody reads it
 
     def land(self, count: int | None = None) -> None:
         """Reads what the `count` oldest forward passes drew, or all."""
@@ -131,6 +132,8 @@ class Engine:
             raise InvalidRequestError(f"request {request_id!r} is not in the engine: it has ended, or never was")
         for request in list(self._requests[request_id]):
             self._end(request, "abort")
+        if not self._requests:
+            self._flights.clear()
 
     def close(self) -> None:
         """Aborts what runs; nothing can be added any more."""

@@ -150,7 +150,8 @@ class Executor:
         """Raises what says that the model is no longer the one that was attached and captured.
 
         Raises:
-            InvalidArgumentError: its attention implementation or a merged weight was changed.
+            InvalidArgumentError: its attention implementation, a norm that our layers compute or a merged weight was
+                changed.
             CaptureError: a weight no longer lies where captured steps read it.
         """
         if self.binding.implementation != IMPLEMENTATION:
@@ -158,8 +159,9 @@ class Executor:
                 f"the model was set to attn_implementation={self.binding.implementation!r} while an LLM runs it: set "
                 f"it back to {IMPLEMENTATION!r}, or close the LLM first"
             )
-        self.binding.merged.check()
+        self.binding.rotary.check()
         if not self.runner.uses_graphs:
+            self.binding.merged.check()
             return
         replaced = any(children.get(name) is not child for children, name, child in self._children)
         if replaced or self._addresses != self._read_addresses():

@@ -36,14 +36,16 @@ Progress = Callable[[str, int, int], None]
 class LLM:
     """A decoder of transformers behind continuous batching, its decode step captured once per batch-size bucket.
 
-    Use it from one thread. It attaches to the model it is given and restores it in `close()`.
+    Use it from one thread and on one CUDA stream: steps share buffers, and one may still run when a call returns. It
+    attaches to the model it is given and restores it in `close()`.
 
     Args:
         model: a model folder, a `.gguf` file, a name on the hub, or a loaded transformers model (eval mode).
         tokenizer: for a loaded model; without one, prompts are token ids and results have no text.
         dtype: of the weights when loading; None for what the file holds.
         device: where to load; None for CUDA where there is one.
-        backend: "auto" (FlashInfer on CUDA, the reference elsewhere), "flashinfer" or "reference".
+        backend: "auto" (the fused one or else FlashInfer on CUDA, the reference elsewhere), "fused", "flashinfer" or
+            "reference".
         enforce_eager: no CUDA graphs. Steps still run at the buckets, with the same bits.
         compile: compile the step with Inductor; "auto" does on CUDA.
         capture: "all" buckets at start, or "lazy": the largest at start, others when first used.
@@ -275,10 +277,10 @@ class LLM:
         Raises:
             InvalidArgumentError: a name or shape is not the model's; weights before it are loaded.
         """
+        self._engine.land()
         try:
             self._executor.load_weights(weights)
         finally:
-            self._engine.land()
             self._scheduler.preempt(self._scheduler.running)
             self.pool.clear_prefixes()
 

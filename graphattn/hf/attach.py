@@ -32,7 +32,7 @@ def attach(
 
     Args:
         model: a decoder of transformers, on its device.
-        backend: "auto", "flashinfer" or "reference".
+        backend: "auto" (FlashInfer on CUDA, the reference elsewhere), "flashinfer" or "reference".
         page_size: tokens in a page.
         num_pages: pages at most, one of them reserved; None grows with use.
 

@@ -12,11 +12,17 @@ from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..layer import Attention
 from ..rope import Rotary
 from .merge import MergedProjections
-from .probe import PROBE, PROBE_UNMASKED, probe, refuse_config, refuse_positions_by_place, shared_spec
+from .probe import (
+    IMPLEMENTATION,
+    PROBE,
+    PROBE_UNMASKED,
+    probe,
+    refuse_config,
+    refuse_positions_by_place,
+    shared_spec,
+)
 from .rotary import RotaryTakeover
 
-# A name with "flash" in it would be taken for flash_attn (transformers utils/generic.py, is_flash_attention_requested).
-IMPLEMENTATION = "graphattn"
 LAYER = "graphattn"  # name of the submodule that each attention module gets
 
 
@@ -85,26 +91,15 @@ class Binding:
             if packs:
                 self._implement(PROBE_UNMASKED)
                 refuse_positions_by_place(model)
-                self.rotary = RotaryTakeover(model, calls)
+                self.rotary = RotaryTakeover(model)
                 self.merged = MergedProjections(model)
                 rotaries = self.rotary.rotaries
+            for call, rotary in zip(calls, rotaries, strict=True):
+                self._add_layer(call.module, rotary)
+            self._implement(IMPLEMENTATION)
         except BaseException:
             self.detach()
             raise
-        spec = self.spec
-        for call, rotary in zip(calls, rotaries, strict=True):
-            layer = Attention(
-                spec.num_heads,
-                spec.head_dim,
-                spec.scale,
-                spec.num_kv_heads,
-                window=spec.window,
-                softcap=spec.softcap,
-                rotary=rotary,
-            )
-            call.module.add_module(LAYER, layer)
-            self._modules.append(call.module)
-        self._implement(IMPLEMENTATION)
 
     @property
     def layers(self) -> list[Attention]:
@@ -128,9 +123,17 @@ class Binding:
         for module, original, _ in self._configs:
             module.config = original
         self._configs = []
-        for taken in (self.rotary, self.merged):
-            if taken is not None:
-                taken.detach()
+        if self.rotary is not None:
+            self.rotary.detach()
+        if self.merged is not None:
+            self.merged.detach()
+
+    def _add_layer(self, module: nn.Module, rotary: Rotary | None) -> None:
+        spec = self.spec
+        options = {"window": spec.window, "softcap": spec.softcap, "rotary": rotary}
+        layer = Attention(spec.num_heads, spec.head_dim, spec.scale, spec.num_kv_heads, **options)
+        module.add_module(LAYER, layer)
+        self._modules.append(module)
 
     def _implement(self, name: str) -> None:
         for _, _, config in self._configs:

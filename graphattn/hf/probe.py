@@ -17,6 +17,9 @@ from ..spec import AttentionSpec
 
 # The attention implementations under which a model must be to be probed, with masks and without.
 PROBE, PROBE_UNMASKED = "graphattn_probe", "graphattn_probe_unmasked"
+# A name with "flash" in it would be taken for flash_attn (transformers utils/generic.py, is_flash_attention_requested).
+IMPLEMENTATION = "graphattn"
+IMPLEMENTATIONS = (IMPLEMENTATION, PROBE, PROBE_UNMASKED)
 UNSERVED_ARGUMENTS = {
     "s_aux": "attention sinks",
     "position_bias": "a position bias",
@@ -109,7 +112,7 @@ def refuse_positions_by_place(model: PreTrainedModel) -> None:
 
 def probe(model: PreTrainedModel, positions: tuple[int, int] = (0, 1)) -> list[Call]:
     """Runs two tokens through a model that is to be probed; returns the calls by layer index."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    ids = torch.full((1, 2), _telling_id(model), dtype=torch.long, device=model.device)
     with _recording() as calls, torch.no_grad():
         try:
             model(input_ids=ids, position_ids=torch.tensor([positions], device=ids.device), use_cache=False)
@@ -118,6 +121,14 @@ def probe(model: PreTrainedModel, positions: tuple[int, int] = (0, 1)) -> list[C
                 f"{type(model).__name__} does not run on tokens and positions alone: {type(error).__name__}: {error}"
             ) from error
     return sorted(calls, key=lambda call: getattr(call.module, "layer_idx", None) or 0)
+
+
+def _telling_id(model: PreTrainedModel) -> int:
+    """An id whose embedding is not zero, as that of padding is."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        return 0
+    return int(weight.detach().abs().amax(1).argmax())
 
 
 @contextmanager

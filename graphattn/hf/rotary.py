@@ -3,72 +3,94 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..rope import Rotary
-from .probe import Call, probe
+from .probe import IMPLEMENTATIONS, probe
 
 ROTATE = "apply_rotary_pos_emb"  # what nearly every modeling file of transformers calls its rotation
 NORMS = ("q_norm", "k_norm")
 POSITIONS = (3, 11)
+CONFIG = "graphattn_config"  # attribute of a norm that passes through: its attention module's config
+_without_rotation: dict[type, FunctionType] = {}  # the forward of each attention class, rotation left out
 
 
 class RotaryTakeover:
     """Attention modules that leave norm and rotation out, so that `Attention` can do both in its kernel.
 
-    Each module gets a forward of its own: its class's, in whose globals the rotation passes queries and keys through.
+    Each module gets a forward that is its class's, in whose globals the rotation passes queries and keys through.
     Whether our layer then does the same is not read from the code but tried: two tokens run through the model before
-    and after, and every layer's queries and keys, normed and rotated here, must be what they were.
+    and after, its norms at uneven weights meanwhile, and every layer's queries and keys, normed and rotated here, must
+    be what they were. Under another attention implementation than ours the modules are what they always were.
 
     Args:
         model: under the attention implementation `PROBE_UNMASKED`.
-        calls: of its attention modules, by layer index.
 
     Attributes:
         rotaries: by layer; None for one that does not rotate, or that is left to do it itself.
         reason: why the model was left as it was; None if it was not.
     """
 
-    def __init__(self, model: PreTrainedModel, calls: list[Call]):
+    def __init__(self, model: PreTrainedModel):
         self._patched: list[nn.Module] = []
-        self.rotaries: list[Rotary | None] = [None] * len(calls)
-        before = probe(model, POSITIONS)
+        self._norms: list[tuple[nn.Module, Tensor]] = []
+        modules = [call.module for call in probe(model)]
+        self.rotaries: list[Rotary | None] = [None] * len(modules)
         try:
-            self.reason = self._take_over(model, before)
+            with _uneven_norms(modules):
+                self.reason = self._take_over(model)
         except BaseException:
             self.detach()
             raise
         if self.reason is not None:
             self.detach()
 
+    def check(self) -> None:
+        """Raises InvalidArgumentError if a norm's weight is no longer the one that the layers read."""
+        for norm, weight in self._norms:
+            if norm.weight is not weight:
+                raise InvalidArgumentError(
+                    f"the weight of a {type(norm).__name__} was reassigned while an LLM runs the model: update weights "
+                    "in place with llm.load_weights(...), or make a new LLM"
+                )
+
     def detach(self) -> None:
         """Gives every module its own forward back; does nothing the second time."""
         for module in self._patched:
-            del module.forward
-        self._patched = []
+            for name in ("forward", CONFIG):
+                vars(module).pop(name, None)
+        self._patched, self._norms = [], []
         self.rotaries = [None] * len(self.rotaries)
 
-    def _take_over(self, model: PreTrainedModel, before: list[Call]) -> str | None:
+    def _take_over(self, model: PreTrainedModel) -> str | None:
+        before = probe(model, POSITIONS)
         embeddings = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
         if len(embeddings) != 1:
             return f"the model has {len(embeddings)} rotary embeddings"
         inv_freq, scaling = embeddings[0].inv_freq, float(getattr(embeddings[0], "attention_scaling", 1.0))
         if 2 * inv_freq.numel() != before[0].query.shape[3]:
             return f"{2 * inv_freq.numel()} of {before[0].query.shape[3]} dims of a head are rotated"
+        if not all(tensor.any() for call in before for tensor in (call.query, call.key)):
+            return "queries or keys are zero, so nothing can be told of them"
         for call in before:
             if reason := self._patch(call.module):
                 return reason
-        after = probe(model, POSITIONS)
+        try:
+            after = probe(model, POSITIONS)
+        except UnsupportedModelError as error:
+            return str(error)
         positions = torch.tensor(POSITIONS, device=inv_freq.device)
         for layer, (raw, done) in enumerate(zip(after, before, strict=True)):
-            norms = [getattr(raw.module, name) for name in NORMS if getattr(raw.module, name, None) in self._patched]
+            norms = [norm for name in NORMS if (norm := getattr(raw.module, name, None)) in self._patched]
             weights = [norm.weight for norm in norms] or [None, None]
-            eps = float(getattr(norms[0], "variance_epsilon", 0.0)) if norms else 0.0
-            rotary = Rotary(inv_freq, scaling, *weights, eps)
+            rotary = Rotary(inv_freq, scaling, *weights, norms[0].variance_epsilon if norms else 0.0)
             q_NHD, k_NHD = rotary.rotate(_packed(raw.query), _packed(raw.key), positions)
             if _agree(q_NHD, _packed(done.query)) and _agree(k_NHD, _packed(done.key)):
                 self.rotaries[layer] = rotary
@@ -77,23 +99,25 @@ class RotaryTakeover:
         return None
 
     def _patch(self, module: nn.Module) -> str | None:
-        name, forward = type(module).__name__, inspect.unwrap(type(module).forward)
+        kind, forward = type(module), inspect.unwrap(type(module).forward)
         if "forward" in vars(module) or ROTATE not in forward.__code__.co_names or ROTATE not in forward.__globals__:
-            return f"{name} does not call {ROTATE}"
+            return f"{kind.__name__} does not call {ROTATE}"
         if forward.__closure__:
-            return f"the forward of {name} is a closure"
-        own = FunctionType(
-            forward.__code__,
-            {**forward.__globals__, ROTATE: _pass_through},
-            forward.__name__,
-            forward.__defaults__,
-        )
-        own.__kwdefaults__ = forward.__kwdefaults__
-        self._put(module, own)
-        norms = [getattr(module, norm, None) for norm in NORMS]
+            return f"the forward of {kind.__name__} is a closure"
+        if kind not in _without_rotation:
+            own_globals = {**forward.__globals__, ROTATE: _pass_through}
+            own = FunctionType(forward.__code__, own_globals, forward.__name__, forward.__defaults__)
+            own.__kwdefaults__ = forward.__kwdefaults__
+            _without_rotation[kind] = own
+        self._put(module, _forward)
+        norms = [getattr(module, name, None) for name in NORMS]
         if all(_is_head_norm(norm, getattr(module, "head_dim", None)) for norm in norms):
+            if any(norm in self._patched for norm in norms) or norms[0] is norms[1]:
+                return f"{kind.__name__} shares its norms"
             for norm in norms:
-                self._put(norm, _same)
+                vars(norm)[CONFIG] = module.config
+                self._put(norm, _norm_forward)
+                self._norms.append((norm, norm.weight))
         return None
 
     def _put(self, module: nn.Module, forward) -> None:
@@ -101,17 +125,46 @@ class RotaryTakeover:
         self._patched.append(module)
 
 
+def _forward(module: nn.Module, *args, **kwargs):
+    kind = type(module)
+    is_ours = module.config._attn_implementation in IMPLEMENTATIONS
+    return (_without_rotation[kind] if is_ours else kind.forward)(module, *args, **kwargs)
+
+
+def _norm_forward(norm: nn.Module, x: Tensor) -> Tensor:
+    is_ours = getattr(norm, CONFIG)._attn_implementation in IMPLEMENTATIONS
+    return x if is_ours else type(norm).forward(norm, x)
+
+
+_forward.__name__ = _norm_forward.__name__ = "forward"  # pickle looks methods up by it, and finds the class's
+
+
 def _pass_through(q: Tensor, k: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
     return q, k
 
 
-def _same(module: nn.Module, x: Tensor) -> Tensor:
-    return x
+@contextmanager
+def _uneven_norms(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Uneven weights for whatever norms heads: at even ones a norm and a rotation may change places unnoticed."""
+    norms = {norm for module in modules for norm in module.children() if _is_vector(getattr(norm, "weight", None))}
+    saved = [(norm.weight, norm.weight.detach().clone()) for norm in norms]
+    try:
+        for weight, _ in saved:
+            weight.data.copy_(1 + torch.arange(len(weight), device=weight.device) % 7 / 7)
+        yield
+    finally:
+        for weight, value in saved:
+            weight.data.copy_(value)
+
+
+def _is_vector(weight: object) -> bool:
+    return isinstance(weight, Tensor) and weight.dim() == 1 and weight.is_floating_point()
 
 
 def _is_head_norm(norm: nn.Module | None, head_dim: int | None) -> bool:
     weight = getattr(norm, "weight", None)
-    return isinstance(weight, Tensor) and weight.shape == (head_dim,) and hasattr(norm, "variance_epsilon")
+    is_plain = norm is not None and "forward" not in vars(norm) and not (norm._forward_hooks or norm._forward_pre_hooks)
+    return is_plain and isinstance(weight, Tensor) and weight.shape == (head_dim,) and hasattr(norm, "variance_epsilon")
 
 
 def _packed(x_1HND: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from .scheduler import Scheduler
 def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int) -> str:
     """Mode, backend, rope, ladder, pages, and how steps have run; a line each."""
     run, step, planner, pool = executor.runner, executor.step, executor.planner, scheduler.pool
-    counts, merged = run.counts, executor.binding.merged.num_merged
+    counts = run.counts
     buckets = ", ".join(f"{bucket} ({count} steps)" for bucket, count in run.bucket_steps().items())
     mode = "captured in CUDA graphs" if run.uses_graphs else "eager (no CUDA graphs)"
     compiled = f"compiled, {step.num_compiles} graphs" if step.compile else "not compiled"
@@ -20,7 +20,7 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int) -> str:
             f"backend     {', '.join(backend.name for backend in planner.backends)} on {executor.device}",
             f"layers      {executor.num_layers} x {executor.binding.spec}",
             f"rope        {_rope(executor)}",
-            f"merged      {', '.join(f'{count} x {kind}' for kind, count in merged.items())}",
+            f"merged      {_merged(executor)}",
             f"buckets     {buckets}; {run.ladder.waste(run.rows):.0%} of the rows computed were padding",
             f"pages       {pool.num_usable} of {pool.page_size} tokens ({planner.cache.layout}), {pool.num_used} in "
             f"use, {pool.num_cached} cached; max_seq_len {max_seq_len}",
@@ -28,6 +28,13 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int) -> str:
             f"guard; {scheduler.num_preemptions} preemptions, {pool.num_hits} tokens from the prefix cache",
         )
     )
+
+
+def _merged(executor: Executor) -> str:
+    merged = executor.binding.merged
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in merged.num_merged.items())
+    name, reason = next(iter(merged.kept.items()), (None, None))
+    return kinds if name is None else f"{kinds}; {len(merged.kept)} left apart, {name}: {reason}"
 
 
 def _rope(executor: Executor) -> str:

@@ -55,6 +55,10 @@ def expected(logits: torch.Tensor, rows: list[RowSampling]) -> list[int]:
     return sample(logits, rows).token_ids.tolist()
 
 
+@pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    reason="Triton 3.6's interpreter takes arrays of one element for ints, which numpy 2.4 refuses",
+)
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETS, reason="the other tests run by themselves here")
 def test_in_the_interpreter():
     """Triton reads the variable when it is first imported, and other test files have imported it by now."""

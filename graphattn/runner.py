@@ -214,10 +214,13 @@ class DecodeRunner:
 
     def close(self) -> None:
         """Frees the graphs and lets go of every buffer; nothing can be run any more."""
+        if self.uses_graphs and not self._is_closed:
+            torch.cuda.synchronize(self.state.device)  # a replay may still run on what is freed here
         self._is_closed = True
         self._buckets.clear()
         self._outputs = ()
-        del self.state, self.planner
+        vars(self).pop("state", None)
+        vars(self).pop("planner", None)
 
     def _prepare(self, bucket: int) -> _Bucket:
         if self._is_closed:

@@ -74,7 +74,7 @@ def split(programs: int) -> tuple[int, int]:
     """Into how many chunks at most a row is split, and how long each is at least, for so many rows x kv heads.
 
     Few programs leave most of the device idle, so short rows are split too; many fill it, and only rows much longer
-    than the others gain. Measured in the chain: docs/design-notes.md.
+    than the others gain; docs/design-notes.md says what was tried.
     """
     if programs <= 16:
         return 128 // programs, BLOCK

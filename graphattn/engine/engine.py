@@ -104,8 +104,6 @@ class Engine:
         # Without anything to run beside it there is no reason to wait with reading.
         is_busy = any(not request.is_spent for request in self._scheduler.running)
         self.land(earlier if self._overlap and is_busy else None)
-        if not self._requests:
-            self._flights.clear()  # of requests that ended by what they drew; nobody reads it
 
     def land(self, count: int | None = None) -> None:
         """Reads what the `count` oldest forward passes drew, or all."""
@@ -113,12 +111,12 @@ class Engine:
             count = None if count is None else count - 1
             flight = self._flights[0]
             try:
+                self._flights.popleft()
                 for request, token_id, logprobs in flight.land():
                     if not request.is_ended:
                         self._accept(request, token_id, logprobs)
-                self._flights.popleft()
             except BaseException:
-                self._recompute([request for flight in self._flights for request in flight.requests])
+                self._recompute([request for each in (flight, *self._flights) for request in each.requests])
                 self._flights.clear()
                 raise
 
@@ -132,13 +130,10 @@ class Engine:
             raise InvalidRequestError(f"request {request_id!r} is not in the engine: it has ended, or never was")
         for request in list(self._requests[request_id]):
             self._end(request, "abort")
-        if not self._requests:
-            self._flights.clear()
 
     def close(self) -> None:
         """Aborts what runs; nothing can be added any more."""
         self._closed = True
-        self._flights.clear()
         for request_id in list(self._requests):
             self.abort(request_id)
 
@@ -181,4 +176,6 @@ class Engine:
         samples.remove(request)
         if not samples:
             del self._requests[request.id]
+        if not self._requests:
+            self._flights.clear()  # of requests that have ended; nobody reads them
         request.outbox.append(request.end(reason, new, error))

@@ -80,9 +80,10 @@ class Executor:
         self.runner.capture(progress)
         if self.device.type == "cuda":
             # Kernels are compiled at their first call, which no request should wait for.
-            logits = torch.zeros(1, self.model.get_input_embeddings().num_embeddings, device=self.device)
+            vocab = self.model.get_input_embeddings().num_embeddings
+            logits = torch.zeros(1, vocab, dtype=self.model.dtype, device=self.device)
             for params in (SamplingParams(), SamplingParams(min_p=0.5), SamplingParams(top_p=0.5)):
-                sample(logits.to(self.model.dtype), [RowSampling(params, seed=0, position=0)])
+                sample(logits, [RowSampling(params, seed=0, position=0)])
 
     def prefill(self, chunks: Sequence[Chunk]) -> Flight | None:
         """Computes the next tokens of each request; draws one for each chunk that completes its request's tokens.

@@ -91,7 +91,7 @@ class Binding:
             if packs:
                 self._implement(PROBE_UNMASKED)
                 refuse_positions_by_place(model)
-                self.rotary = RotaryTakeover(model)
+                self.rotary = RotaryTakeover(model, [call.module for call in calls])
                 self.merged = MergedProjections(model)
                 rotaries = self.rotary.rotaries
             for call, rotary in zip(calls, rotaries, strict=True):

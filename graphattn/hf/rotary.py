@@ -32,16 +32,16 @@ class RotaryTakeover:
 
     Args:
         model: under the attention implementation `PROBE_UNMASKED`.
+        modules: its attention modules by layer index.
 
     Attributes:
         rotaries: by layer; None for one that does not rotate, or that is left to do it itself.
         reason: why the model was left as it was; None if it was not.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, modules: Sequence[nn.Module]):
         self._patched: list[nn.Module] = []
         self._norms: list[tuple[nn.Module, Tensor]] = []
-        modules = [call.module for call in probe(model)]
         self.rotaries: list[Rotary | None] = [None] * len(modules)
         try:
             with _uneven_norms(modules):

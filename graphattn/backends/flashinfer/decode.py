@@ -14,9 +14,8 @@ from . import private
 from .paged import PagedPlan
 from .workspace import Workspace
 
-STEPS_FROM = torch.tensor(
-    [16, 32, 64], dtype=torch.int32, device="cpu"
-)  # pages from which a plan looks ahead by 2, 4, 8 pages
+# Pages from which a row is planned for in steps of 2, 4 and 8 pages.
+STEPS_FROM = torch.tensor([16, 32, 64], dtype=torch.int32, device="cpu")
 
 
 def planned_pages(pages_B: Tensor, max_pages: int) -> Tensor:

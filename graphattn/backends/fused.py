@@ -6,6 +6,7 @@ Suffix letters: N tokens (one a row), H query heads, K kv heads, D head dim.
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +19,7 @@ from ..state import StepState
 from .base import Plan
 from .flashinfer import FlashInferBackend
 
+WHOLE, FINE = 2048, 1024  # tokens: a chunk that would be longer than WHOLE is FINE long, if that many fit
 BLOCK = 64  # tokens that a program reads at once
 HEAD_DIMS = (64, 128)
 MAX_GROUP_SIZE = 16
@@ -60,7 +62,7 @@ class FusedBackend:
     def _allocate(self, state: StepState) -> tuple[Tensor, Tensor, Tensor]:
         """Parts of rows that are split, their maxima and sums, and how many parts of each row and kv head are done."""
         spec = self._spec
-        parts = max(rows * split(rows * spec.num_kv_heads)[0] for rows in range(1, state.max_batch + 1))
+        parts = max(rows * split(rows * spec.num_kv_heads).splits for rows in range(1, state.max_batch + 1))
         floats = {"dtype": torch.float32, "device": state.device}
         with torch.inference_mode(False):
             return (
@@ -70,17 +72,30 @@ class FusedBackend:
             )
 
 
-def split(programs: int) -> tuple[int, int]:
-    """Into how many chunks at most a row is split, and how long each is at least, for so many rows x kv heads.
+class Split(NamedTuple):
+    """How rows are split into chunks, one program each per kv head.
+
+    Attributes:
+        splits: chunks of a row at most.
+        near: chunks of a row, as long as that makes none longer than `WHOLE`.
+        eager: whether a program fetches its first block before its query is there, into registers.
+    """
+
+    splits: int
+    near: int
+    eager: bool
+
+
+def split(programs: int) -> Split:
+    """The split for so many rows x kv heads.
 
     Few programs leave most of the device idle, so short rows are split too; many fill it, and only rows much longer
     than the others gain; docs/design-notes.md says what was tried.
     """
+    near = max(1, 256 >> (programs - 1).bit_length())
     if programs <= 16:
-        return 128 // programs, BLOCK
-    if programs <= 128:
-        return 8, 4 * BLOCK
-    return 16 if programs <= 1024 else 8, 32 * BLOCK
+        return Split(near, near, eager=True)
+    return Split(16 if programs <= 1024 else 8, near, eager=False)
 
 
 class DecodePlan:
@@ -96,11 +111,11 @@ class DecodePlan:
     ):
         self._group, self._spec, self._cache, self._workspace = group, spec, cache, workspace
         self.page_shape = cache.page_shape(spec)
-        self._splits, self._least = split(bucket * spec.num_kv_heads)
+        self._split = split(bucket * spec.num_kv_heads)
 
     @property
     def signature(self) -> tuple:
-        return (self._splits, self._least)
+        return self._split
 
     def plan(self, batch: Batch) -> None:
         self._csr = batch.groups[self._group]
@@ -114,6 +129,7 @@ class DecodePlan:
         v_cache: Tensor,
         rotary: Rotary | None = None,
     ) -> Tensor:
+        from ..kernels.chain import is_chained
         from ..kernels.decode import decode_kernel
 
         spec, csr = self._spec, self._csr
@@ -121,8 +137,9 @@ class DecodePlan:
         out_NHD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         slot, head = (1, 2) if self._cache.layout == "NHD" else (2, 1)
         has_norm = rotary is not None and rotary.q_weight is not None
+        chained = is_chained(q.device)
         with torch.cuda.device_of(q):  # Triton launches on the current device
-            decode_kernel[(self._splits, spec.num_kv_heads, len(q))](
+            decode_kernel[(spec.num_kv_heads, len(q), self._split.splits)](
                 q,
                 k,
                 v,
@@ -148,18 +165,24 @@ class DecodePlan:
                 1.0 if rotary is None else rotary.scaling,
                 0.0 if rotary is None else rotary.eps,
                 GROUP=spec.group_size,
-                ROWS=max(16, 1 << (spec.group_size - 1).bit_length()),
+                HEADS=1 << (spec.group_size - 1).bit_length(),
+                ROWS=16,
                 HALF=spec.head_dim // 2,
                 PAGE=self._cache.page_size,
                 BLOCK=BLOCK,
-                SPLITS=self._splits,
-                LEAST=self._least,
+                SPLITS=self._split.splits,
+                NEAR=self._split.near,
+                WHOLE=WHOLE,
+                FINE=FINE,
                 HAS_WINDOW=spec.window is not None,
                 HAS_SOFTCAP=spec.softcap is not None,
                 HAS_ROTARY=rotary is not None,
                 HAS_NORM=has_norm,
+                CHAINED=chained,
+                EAGER=self._split.eager,
                 num_warps=4,
-                num_stages=2,
+                num_stages=3,
+                launch_pdl=chained,
             )
         return out_NHD
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .chain import follow
+
 
 @triton.jit
 def _cap(scores, softcap):
@@ -19,8 +21,73 @@ def _cap(scores, softcap):
 
 
 @triton.jit
+def _cos_sin(angle, FAST: tl.constexpr):
+    """Cosine and sine, within 1e-6 up to angles of a million: whole turns are taken off, in three parts of 2 pi."""
+    turns = tl.floor(angle * 0.15915494309189535 + 0.5)
+    angle = tl.fma(-turns, 6.28125, angle)
+    angle = tl.fma(-turns, 1.9340515136718750e-3, angle)
+    angle = tl.fma(-turns, 1.2556659146e-6, angle)
+    if not FAST:
+        return tl.cos(angle), tl.sin(angle)
+    # The exact ones bring code for angles of any size, more than all the rest of the kernel.
+    asm: tl.constexpr = "{ cos.approx.f32 $0, $2; sin.approx.f32 $1, $2; }"
+    return tl.inline_asm_elementwise(asm, "=f,=f,f", [angle], (tl.float32, tl.float32), is_pure=True, pack=1)
+
+
+@triton.jit
 def _rotated(low, high, cos, sin):
     return low * cos - high * sin, high * cos + low * sin
+
+
+@triton.jit
+def _tokens(k_cache, v_cache, table, at, end, head_at, stride_page, stride_slot, d, PAGE: tl.constexpr):
+    """Keys and values of tokens `at`, low and high halves; zeros from `end` on."""
+    HALF: tl.constexpr = d.shape[0]
+    inside = at < end
+    page_N = tl.load(table + at // PAGE, mask=inside, other=0).to(tl.int64)
+    slot_N = page_N * stride_page + (at % PAGE) * stride_slot + head_at
+    where, read = slot_N[:, None] + d[None, :], inside[:, None]
+    k_NL = tl.load(k_cache + where, mask=read, other=0.0)
+    k_NH = tl.load(k_cache + where + HALF, mask=read, other=0.0)
+    v_NL = tl.load(v_cache + where, mask=read, other=0.0)
+    v_NH = tl.load(v_cache + where + HALF, mask=read, other=0.0)
+    return k_NL, k_NH, v_NL, v_NH
+
+
+@triton.jit
+def _merge(
+    partial,
+    stats,
+    out,
+    counter,
+    used,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Adds a row's chunks up, as many side by side as registers hold: each waits for memory only once."""
+    SIDE: tl.constexpr = SPLITS if SPLITS * HEADS * HALF <= 8192 else 8192 // (HEADS * HALF)
+    h, d, s = tl.arange(0, HEADS), tl.arange(0, HALF), tl.arange(0, SPLITS)
+    place_SH = (counter * SPLITS + s[:, None]) * GROUP + h[None, :]
+    is_part = (s[:, None] < used) & (h[None, :] < GROUP)
+    best_SH = tl.load(stats + place_SH * 2, mask=is_part, other=float("-inf"))
+    best_H = tl.where(h < GROUP, tl.max(best_SH, 0), 0.0)
+    total_SH = tl.load(stats + place_SH * 2 + 1, mask=is_part, other=0.0)
+    total_H = tl.sum(total_SH * tl.exp(best_SH - best_H[None, :]), 0)
+    acc_L, acc_H = tl.zeros([HEADS, HALF], tl.float32), tl.zeros([HEADS, HALF], tl.float32)
+    for start in range(0, used, SIDE):
+        part = start + tl.arange(0, SIDE)
+        place = (counter * SPLITS + part[:, None]) * GROUP + h[None, :]
+        mine = (part[:, None] < used) & (h[None, :] < GROUP)
+        fade = tl.exp(tl.load(stats + place * 2, mask=mine, other=float("-inf")) - best_H[None, :])
+        at, read = partial + (place * 2 * HALF)[:, :, None] + d[None, None, :], mine[:, :, None]
+        acc_L += tl.sum(tl.load(at, mask=read, other=0.0) * fade[:, :, None], 0)
+        acc_H += tl.sum(tl.load(at + HALF, mask=read, other=0.0) * fade[:, :, None], 0)
+    total_H = tl.where(h < GROUP, total_H, 1.0)
+    out_at = out + (counter * GROUP + h[:, None]) * 2 * HALF + d[None, :]
+    tl.store(out_at, (acc_L / total_H[:, None]).to(out.dtype.element_ty), mask=h[:, None] < GROUP)
+    tl.store(out_at + HALF, (acc_H / total_H[:, None]).to(out.dtype.element_ty), mask=h[:, None] < GROUP)
 
 
 @triton.jit
@@ -52,37 +119,51 @@ def decode_kernel(
     rotary_scaling,
     eps,
     GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
-    LEAST: tl.constexpr,
+    NEAR: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FINE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ROTARY: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    CHAINED: tl.constexpr,
+    EAGER: tl.constexpr,
 ):
-    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_heads = tl.num_programs(1)
+    head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_heads = tl.num_programs(0)
     DIM: tl.constexpr = 2 * HALF
     pages_at = tl.load(indptr + row)
     length = (tl.load(indptr + row + 1) - pages_at - 1) * PAGE + tl.load(last_page_len + row)
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(length - window, 0)
-    chunk = tl.maximum(tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK) * BLOCK, LEAST)
+    chunk = tl.cdiv(length - first, NEAR)
+    chunk = tl.maximum(tl.where(chunk > WHOLE, FINE, chunk), tl.cdiv(length - first, SPLITS))
+    chunk = tl.cdiv(chunk, BLOCK) * BLOCK
     used = tl.cdiv(length - first, chunk)
     if split < used:
         begin = first + split * chunk
         end = tl.minimum(begin + chunk, length - 1)  # the new token is not read from the cache
         g, d, n = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, BLOCK)
+        caches, strides = (k_cache, v_cache, indices + pages_at), (stride_page, stride_slot)
+        head_at = head * stride_head
+        if HAS_ROTARY:
+            cos, sin = _cos_sin((length - 1).to(tl.float32) * tl.load(inv_freq + d), CHAINED)
+            cos, sin = cos * rotary_scaling, sin * rotary_scaling
+        if EAGER:
+            next_KL, next_KH, next_VL, next_VH = _tokens(*caches, begin + n, end, head_at, *strides, d, PAGE)
+        if CHAINED:
+            follow()
         is_head = g[:, None] < GROUP
         q_at = q + row * stride_q + (head * GROUP + g[:, None]) * DIM + d[None, :]
         q_GL, q_GH = tl.load(q_at, mask=is_head, other=0.0), tl.load(q_at + HALF, mask=is_head, other=0.0)
         if HAS_ROTARY:
-            angle = (length - 1).to(tl.float32) * tl.load(inv_freq + d)
-            cos, sin = tl.cos(angle) * rotary_scaling, tl.sin(angle) * rotary_scaling
             wide_L, wide_H = q_GL.to(tl.float32), q_GH.to(tl.float32)
             if HAS_NORM:
                 square = tl.sum(wide_L * wide_L, 1) + tl.sum(wide_H * wide_H, 1)
@@ -119,15 +200,13 @@ def decode_kernel(
             acc_L += v_L.to(tl.float32)[None, :]
             acc_H += v_H.to(tl.float32)[None, :]
         for start in range(begin, end, BLOCK):
-            at = start + n
-            inside = at < end
-            page_N = tl.load(indices + pages_at + at // PAGE, mask=inside, other=0).to(tl.int64)
-            slot_N = page_N * stride_page + (at % PAGE) * stride_slot + head * stride_head
-            where, read = slot_N[:, None] + d[None, :], inside[:, None]
-            k_NL = tl.load(k_cache + where, mask=read, other=0.0)
-            k_NH = tl.load(k_cache + where + HALF, mask=read, other=0.0)
-            v_NL = tl.load(v_cache + where, mask=read, other=0.0)
-            v_NH = tl.load(v_cache + where + HALF, mask=read, other=0.0)
+            inside = start + n < end
+            if EAGER:
+                k_NL, k_NH, v_NL, v_NH = next_KL, next_KH, next_VL, next_VH
+                ahead = start + BLOCK + n
+                next_KL, next_KH, next_VL, next_VH = _tokens(*caches, ahead, end, head_at, *strides, d, PAGE)
+            else:
+                k_NL, k_NH, v_NL, v_NH = _tokens(*caches, start + n, end, head_at, *strides, d, PAGE)
             scores_GN = (tl.dot(q_GL, tl.trans(k_NL)) + tl.dot(q_GH, tl.trans(k_NH))) * scale
             if HAS_SOFTCAP:
                 scores_GN = _cap(scores_GN, softcap)
@@ -141,8 +220,11 @@ def decode_kernel(
             acc_H = acc_H * fade[:, None] + tl.dot(weight_GN, v_NH)
             best = higher
         counter = row * num_heads + head
-        is_last = used == 1
-        if used > 1:
+        if used == 1:
+            out_at = out + (counter * GROUP + g[:, None]) * DIM + d[None, :]
+            tl.store(out_at, (acc_L / total[:, None]).to(out.dtype.element_ty), mask=is_head)
+            tl.store(out_at + HALF, (acc_H / total[:, None]).to(out.dtype.element_ty), mask=is_head)
+        else:
             place = counter * SPLITS + split
             partial_at = partial + (place * GROUP + g[:, None]) * DIM + d[None, :]
             tl.store(partial_at, acc_L, mask=is_head)
@@ -150,27 +232,7 @@ def decode_kernel(
             tl.store(stats + (place * GROUP + g) * 2, best, mask=g < GROUP)
             tl.store(stats + (place * GROUP + g) * 2 + 1, total, mask=g < GROUP)
             tl.debug_barrier()  # every thread's part is stored before the program counts as arrived
-            is_last = tl.atomic_add(arrivals + counter, 1, sem="acq_rel") == used - 1
-            if is_last:
+            if tl.atomic_add(arrivals + counter, 1, sem="acq_rel") == used - 1:
                 tl.debug_barrier()
-                best = tl.full([ROWS], float("-inf"), tl.float32)
-                total = tl.zeros([ROWS], tl.float32)
-                acc_L, acc_H = tl.zeros([ROWS, HALF], tl.float32), tl.zeros([ROWS, HALF], tl.float32)
-                for other in range(0, used):
-                    place = counter * SPLITS + other
-                    partial_at = partial + (place * GROUP + g[:, None]) * DIM + d[None, :]
-                    other_L = tl.load(partial_at, mask=is_head, other=0.0)
-                    other_H = tl.load(partial_at + HALF, mask=is_head, other=0.0)
-                    other_best = tl.load(stats + (place * GROUP + g) * 2, mask=g < GROUP, other=0.0)
-                    other_total = tl.load(stats + (place * GROUP + g) * 2 + 1, mask=g < GROUP, other=1.0)
-                    higher = tl.maximum(best, other_best)
-                    fade, other_fade = tl.exp(best - higher), tl.exp(other_best - higher)
-                    total = total * fade + other_total * other_fade
-                    acc_L = acc_L * fade[:, None] + other_L * other_fade[:, None]
-                    acc_H = acc_H * fade[:, None] + other_H * other_fade[:, None]
-                    best = higher
+                _merge(partial, stats, out, counter, used, GROUP, HEADS, HALF, SPLITS)
                 tl.store(arrivals + counter, 0)
-        if is_last:
-            out_at = out + (counter * GROUP + g[:, None]) * DIM + d[None, :]
-            tl.store(out_at, (acc_L / total[:, None]).to(out.dtype.element_ty), mask=is_head)
-            tl.store(out_at + HALF, (acc_H / total[:, None]).to(out.dtype.element_ty), mask=is_head)

@@ -4,6 +4,10 @@
 compiled step has no graph break (FlashInfer's own calls have one each: flashinfer-ai/flashinfer#2733) and no copy of
 the cache (an append in traced code costs one). It takes no layer number, so one compiled layer serves all.
 `rotary_attend` takes queries and keys as they leave their projections, and norms and rotates them too.
+
+`torch.ops.graphattn.linear(x, weight, ...) -> out` is a linear layer with the norm before it, and the gate and residual
+after it, by one kernel of ours where rows are few. How many they are is looked at in each call, so one compiled step
+serves every bucket.
 """
 
 from __future__ import annotations
@@ -11,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .backends.base import Plan
 from .errors import InvalidArgumentError, NoActivePlanError
@@ -72,6 +78,36 @@ def _rotary_attend(
     return _attend(q, k, v, k_cache, v_cache, group, Rotary(inv_freq, scaling, q_weight, k_weight, eps))
 
 
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    on_cuda, num_rows = x.is_cuda and find_spec("triton") is not None, x.shape[:-1].numel()
+    if on_cuda:
+        from .kernels import gate, linear
+
+        if linear.suits(weight) and linear.is_faster(num_rows, weight):
+            return linear.linear(x, weight, bias, norm_K=norm, eps=eps, gated=gated, residual=residual)
+    if norm is not None:
+        x = F.rms_norm(x, norm.shape, norm, eps)
+    if residual is not None and bias is None and not gated and on_cuda:
+        return torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t()).view(residual.shape)
+    out = F.linear(x, weight, bias)
+    if gated:
+        first, second = out.chunk(2, -1)
+        out = gate.gate(out) if on_cuda else F.silu(first) * second
+    return out if residual is None else out + residual
+
+
+def _linear_fake(x: Tensor, weight: Tensor, bias=None, norm=None, eps=0.0, gated=False, residual=None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(weight) // 2 if gated else len(weight)))
+
+
 def _attend_fake(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, group: int, *rotary) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -80,11 +116,16 @@ def _attend_fake(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tens
 _library = torch.library.Library("graphattn", "DEF")
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, int group"
 _ROTARY = "Tensor inv_freq, float scaling, Tensor? q_weight, Tensor? k_weight, float eps"
-for _name, _schema, _function in (
-    ("attend", _ARGUMENTS, _attend),
-    ("rotary_attend", f"{_ARGUMENTS}, {_ROTARY}", _rotary_attend),
+_LINEAR = (
+    "Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm=None, float eps=0.0, bool gated=False, "
+    "Tensor? residual=None"
+)
+for _name, _schema, _function, _fake in (
+    ("attend", _ARGUMENTS, _attend, _attend_fake),
+    ("rotary_attend", f"{_ARGUMENTS}, {_ROTARY}", _rotary_attend, _attend_fake),
+    ("linear", _LINEAR, _linear, _linear_fake),
 ):
     _library.define(f"{_name}({_schema}) -> Tensor")
     _library.impl(_name, _function, "CPU")
     _library.impl(_name, _function, "CUDA")
-    torch.library.register_fake(f"graphattn::{_name}", _attend_fake, lib=_library)
+    torch.library.register_fake(f"graphattn::{_name}", _fake, lib=_library)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 
+from .fold import fold
+
+_CHAINED = {"triton.enable_pdl": True}  # kernels start while the one before still runs, as ours do
 PARTS = 64  # of the vocabulary, whose largest logits are found side by side
 
 
@@ -69,7 +73,11 @@ def _compiled(model: nn.Module, graphs: list[str]) -> Callable[[Tensor, Tensor],
         from torch._inductor.compile_fx import compile_fx
 
         graphs.append(f"{len(graph.graph.nodes)} nodes")
-        return compile_fx(graph, inputs)
+        if find_spec("triton") is not None:
+            from ..kernels.linear import suits
+
+            fold(graph, suits)
+        return compile_fx(graph, inputs, config_patches=_CHAINED)
 
     step = _step_of(model)
     # Dynamo keeps what it compiled with the code object, for as long as that lives and up to a limit. Models share no

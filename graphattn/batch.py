@@ -5,8 +5,9 @@ Shape letters: N tokens of the step, B rows, B1 = B + 1, P pages of all rows tog
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 
 import numpy as np
@@ -35,7 +36,7 @@ class CSR:
         return (self.indptr_B1.diff() - 1) * page_size + self.last_page_len_B
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Batch:
     """One step's rows. Planning reads only the host side, kernels only the device side.
 
@@ -43,16 +44,23 @@ class Batch:
         token_ids_N, positions_N: int32 on the device; row after row.
         rows_N: int32 on the device, the row of each token.
         qo_indptr_B1: int32 on the host, row b's tokens are `qo_indptr_B1[b]:qo_indptr_B1[b + 1]`.
-        groups: the pages on the device, one `CSR` per layer group.
-        groups_host: the same numbers on the host.
+        kv_lens_B: int32 on the host, tokens of each row, the step's own included.
+        groups: the pages on the device, one `CSR` per layer group; a decode step's are there once it was fed.
+        count_groups: makes the same numbers on the host.
     """
 
     token_ids_N: Tensor
     positions_N: Tensor
     rows_N: Tensor
     qo_indptr_B1: Tensor
+    kv_lens_B: Tensor
     groups: tuple[CSR, ...]
-    groups_host: tuple[CSR, ...]
+    count_groups: Callable[[], tuple[CSR, ...]]
+
+    @cached_property
+    def groups_host(self) -> tuple[CSR, ...]:
+        """The pages on the host, which cost a loop over all of them: counted when a plan first asks."""
+        return self.count_groups()
 
 
 def csr_arrays(
@@ -121,4 +129,12 @@ def ragged_batch(
     def groups(split: Sequence[Tensor]) -> tuple[CSR, ...]:
         return tuple(CSR(*split[at : at + 3]) for at in range(3, len(split), 3))
 
-    return Batch(*views[:3], torch.from_numpy(qo_indptr), groups(views), groups(views_host))
+    return Batch(
+        token_ids_N=views[0],
+        positions_N=views[1],
+        rows_N=views[2],
+        qo_indptr_B1=torch.from_numpy(qo_indptr),
+        kv_lens_B=torch.tensor(kv_lens, dtype=torch.int32, device="cpu"),
+        groups=groups(views),
+        count_groups=lambda: groups(views_host),
+    )

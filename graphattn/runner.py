@@ -9,12 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .batch import Batch
 from .buckets import BucketLadder
 from .errors import BackendError, CaptureError, InvalidArgumentError
 from .ops import active_plans
@@ -177,11 +179,13 @@ class DecodeRunner:
             self._call(prepared)
         elif prepared.signature == prepared.plan.signature:
             self.counts["replay"] += 1
-            prepared.graph.replay()
+            with self.state.fed(bucket):
+                prepared.graph.replay()
         else:
             self.counts["guard"] += 1
-            self._call(prepared)
             self._capture_graph(bucket, prepared)
+            self.state.stage(bucket, token_ids, seq_lens, tables, drawn=drawn, num_pages=num_pages)
+            self._call(prepared)
         return self._result(len(token_ids))
 
     def bucket_steps(self) -> dict[int, int]:
@@ -201,7 +205,9 @@ class DecodeRunner:
         """
         replayed = self.run(token_ids, seq_lens, tables)
         replayed = [output.clone() for output in (replayed if isinstance(replayed, tuple) else (replayed,))]
-        self._call(self._buckets[self.ladder.pick(len(token_ids))])
+        bucket = self.ladder.pick(len(token_ids))
+        self.state.stage(bucket, token_ids, seq_lens, tables, num_pages=self.planner.cache.num_pages)
+        self._call(self._buckets[bucket])
         for index, (output, eager) in enumerate(zip(replayed, self._outputs, strict=True)):
             bits, eager_bits = (each.unsqueeze(-1).view(torch.uint8) for each in (output, eager[: len(token_ids)]))
             differs = bits != eager_bits
@@ -231,15 +237,25 @@ class DecodeRunner:
         prepared = _Bucket(
             self.planner.decode(self.state, bucket), self.state.token_ids(bucket), self.state.positions(bucket)
         )
-        batch = self.state.stage(bucket, [], [], [[] for _ in self.state.groups])
-        prepared.plan.plan(batch)
-        self._allocate_outputs(prepared, bucket)
+        with self._rehearsal(bucket) as batch:
+            prepared.plan.plan(batch)
+            self._allocate_outputs(prepared, bucket)
         if self.uses_graphs:
             self._capture_graph(bucket, prepared, started)
         else:
             self.captures.append(Capture(bucket=bucket, seconds=time.perf_counter() - started))
         self._buckets[bucket] = prepared
         return prepared
+
+    @contextmanager
+    def _rehearsal(self, bucket: int) -> Iterator[Batch]:
+        """Stages padding alone, so that steps run in here move no row on and write to no row's pages, and keeps what
+        they draw from taking the place of ids that later steps feed."""
+        drawn = self.state.drawn.clone()
+        try:
+            yield self.state.stage(bucket, [], [], [[] for _ in self.state.groups])
+        finally:
+            self.state.drawn.copy_(drawn)
 
     def _allocate_outputs(self, prepared: _Bucket, bucket: int) -> None:
         if self._outputs:
@@ -275,11 +291,12 @@ class DecodeRunner:
         device = self.state.device
         # On the capture stream: compilation and lazily loaded kernels must not be captured.
         current = torch.cuda.current_stream(device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            for _ in range(2):
-                self._call(prepared)
-        current.wait_stream(self._stream)
+        with self._rehearsal(bucket):
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for _ in range(2):
+                    self._call(prepared)
+            current.wait_stream(self._stream)
         torch.cuda.synchronize(device)
         with _CAPTURING:
             # cuBLAS's workspace must come from the graph's pool: one from outside may be freed, and not by us

@@ -50,6 +50,7 @@ def run_decode(rows: DenseRows, backend: str, padding: int, max_seq_len: int = 5
     plan = Planner([rows.spec], rows.cache.cache, device, backend).decode(state, bucket)
     lens = [old + 1 for old in rows.cached]
     plan.plan(state.stage(bucket, [0] * num_rows, lens, [[table.pages for table in rows.tables]]))
+    state.feed(bucket)
     padded = [torch.cat([tensor, tensor.new_ones(padding, *tensor.shape[1:])]) for tensor in rows.packed]
     with active_plans(plan.groups):
         out = torch.ops.graphattn.attend(*padded, *rows.cache.layers[0], 0)
@@ -203,6 +204,7 @@ def test_norm_and_rotation_in_the_kernel(head_dim: int, layout: str, has_norm: b
         plan = Planner([spec], cache, "cuda", backend).decode(state, 5)
         tables = [[table.pages for table in rows.tables]]
         plan.plan(state.stage(5, [0] * 5, [old + 1 for old in rows.cached], tables))
+        state.feed(5)
         norms = [weight.to(dtype) for weight in weights] if has_norm else [None, None]
         with active_plans(plan.groups):
             layer = Attention(4, head_dim, num_kv_heads=2, rotary=Rotary(inv_freq, 1.2, *norms, 1e-6))
@@ -237,6 +239,7 @@ def test_flashinfer_plans_ahead(heads: str, monkeypatch) -> None:
         plan = plan or Planner([spec], rows.cache.cache, "cuda", "flashinfer").decode(state, 8)
         tables = [table.pages for table in rows.tables]
         plan.plan(state.stage(8, [0] * 5, [length + 1 for length in cached], [tables]))
+        state.feed(8)
         padded = [torch.cat([tensor, tensor.new_ones(3, *tensor.shape[1:])]) for tensor in rows.packed]
         with active_plans(plan.groups):
             check(rows, torch.ops.graphattn.attend(*padded, *rows.cache.layers[0], 0)[:5], floor=1e-3)
@@ -263,6 +266,7 @@ def test_flashinfer_plan_that_is_interrupted_is_made_again(monkeypatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         plan.plan(batch)
     plan.plan(batch)
+    state.feed(2)
     with active_plans(plan.groups):
         check(rows, torch.ops.graphattn.attend(*rows.packed, *rows.cache.layers[0], 0), floor=1e-3)
 

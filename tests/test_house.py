@@ -35,6 +35,8 @@ ORDER = (
     "cache",
     "batch",
     "kernels",
+    "mirror",
+    "tables",
     "state",
     "backends.base",
     "backends.reference",

@@ -154,6 +154,7 @@ def test_compiled_step_copies_no_cache(bucket: int) -> None:
     model, state, planner, pool = prepared(num_pages=977)
     plan = planner.decode(state, bucket)
     plan.plan(state.stage(bucket, [1] * bucket, [1] * bucket, [[[page] for page in pool.allocate(bucket)]]))
+    state.feed(bucket)
     with torch.no_grad(), active_plans(plan.groups):
         args = (state.token_ids(bucket), state.positions(bucket))
         _, sources = run_and_get_code(torch.compile(model, fullgraph=True), *args)

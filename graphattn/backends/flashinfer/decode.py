@@ -71,8 +71,8 @@ class DecodePlan(PagedPlan):
         return private.plan_info(self._wrapper)
 
     def plan(self, batch: Batch) -> None:
-        pages_B = self._read(batch).indptr_B1.diff()
-        planned_B = planned_pages(pages_B, self._max_pages)
+        self._read(batch)
+        planned_B = planned_pages(-(-batch.kv_lens_B // self._shape[-1]), self._max_pages)
         if torch.equal(planned_B, self._planned_B):
             return
         rows = self._rows(planned_B)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from flashinfer import append_paged_kv_cache
 from torch import Tensor
 
-from ...batch import CSR, Batch
+from ...batch import Batch
 from ...rope import Rotary
 from ...spec import AttentionSpec, CacheSpec
 from .workspace import PlanFence
@@ -29,10 +29,9 @@ class PagedPlan:
             "kv_data_type": cache.dtype,
         }
 
-    def _read(self, batch: Batch) -> CSR:
-        """Keeps where this batch's rows, positions and pages lie on the device; returns the pages' host side."""
+    def _read(self, batch: Batch) -> None:
+        """Keeps where this batch's rows, positions and pages lie on the device."""
         self._rows_N, self._positions_N, self._csr = batch.rows_N, batch.positions_N, batch.groups[self._group]
-        return batch.groups_host[self._group]
 
     def attend(
         self,

@@ -21,7 +21,8 @@ class PrefillPlan(PagedPlan):
         self._workspace, self._sizes = workspace, (0, 0)
 
     def plan(self, batch: Batch) -> None:
-        host = self._read(batch)
+        self._read(batch)
+        host = batch.groups_host[self._group]
         rows = (batch.qo_indptr_B1, host.indptr_B1, self._csr.indices_P, host.last_page_len_B)
         options = {**self._options, "causal": True}
         sizes = self._wrapper.workspace_size(*rows, *self._shape, **options)

@@ -6,7 +6,7 @@ Letters: B rows of the batch, R those of them at hand, V vocabulary, H largest l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -73,7 +73,8 @@ def sample(logits: Tensor, rows: Sequence[RowSampling]) -> Sampled:
         raise InvalidArgumentError(f"logits must be floating point [B={len(rows)} (one per row), V >= 1], got {given}")
     edited, vocab = _edited(logits, rows), logits.shape[1]
     drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy]
-    if drawn and _in_one_pass(edited) and not any(_num_sorted(rows[i].params, vocab) for i in drawn):
+    is_sorted = any(_num_sorted(rows[i].params, vocab) for i in drawn)
+    if drawn and not is_sorted and draws_in_one_pass(edited.dtype, edited.device):
         from .kernels.draw import draw_gumbel, upload_rows
 
         keys = [_key(row) for row in rows]
@@ -87,6 +88,55 @@ def sample(logits: Tensor, rows: Sequence[RowSampling]) -> Sampled:
             scores_RV = _filtered(x_RV, chosen).double() - _exponentials(chosen, vocab, logits.device).log_()
             token_ids.index_copy_(0, index, scores_RV.argmax(-1))
     return _with_logprobs(Sampled(token_ids), logits, rows)
+
+
+@torch.no_grad()
+def sample_again(logits: Tensor, token_ids: Tensor, rows: Mapping[int, RowSampling]) -> Sampled:
+    """What `sample` draws for some of the rows, and the ids that the others have already.
+
+    Args:
+        logits: [B, V], as in `sample`.
+        token_ids: [B], the ids drawn so far; left as they are.
+        rows: what the rows to be drawn ask for, by their place in the batch; at least one.
+
+    Raises:
+        InvalidArgumentError: as in `sample`.
+    """
+    if len(rows) == len(logits):
+        return sample(logits, [rows[row] for row in range(len(rows))])
+    index = _upload(list(rows), np.int64, logits.device)
+    sampled = sample(logits.index_select(0, index), list(rows.values()))
+
+    def among_all(drawn: Tensor | None, filler: float) -> Tensor | None:
+        if drawn is None:
+            return None
+        shape = (len(logits), *drawn.shape[1:])
+        return torch.full(shape, filler, dtype=drawn.dtype, device=drawn.device).index_copy_(0, index, drawn)
+
+    return Sampled(
+        token_ids=token_ids.index_copy(0, index, sampled.token_ids),
+        logprobs=among_all(sampled.logprobs, math.nan),
+        top_ids=among_all(sampled.top_ids, -1),
+        top_logprobs=among_all(sampled.top_logprobs, math.nan),
+    )
+
+
+def draws_in_one_pass(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether our kernel takes such logits; it draws what the code here does, in a thirtieth of the time."""
+    return device.type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
+
+
+def keys_of(seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+    """What the noise of rows is a hash of, from int64 seeds in [0, 2**63) and positions of the tokens drawn; int64."""
+    return _mix_(_mix_(seeds_R + _signed(_GOLDEN)) + (positions_R + 1) * _signed(_GOLDEN))
+
+
+def exponentials(keys_R: Tensor, vocab: int) -> Tensor:
+    """[R, V] float64 exponential noise, a function of the row's key and the vocabulary index."""
+    z = _mix_(torch.arange(1, vocab + 1, device=keys_R.device) * _signed(_GOLDEN) + keys_R[:, None])
+    # 53 bits, all exact in float64. 0 would make the noise infinite and a banned token nan, which argmax picks.
+    u = (z >> 11).bitwise_and_(_MASK_64 >> 11).double().clamp_(min=0.5).mul_(2.0**-53)
+    return u.neg_().log1p_().neg_()
 
 
 def _mix(z: int) -> int:
@@ -106,22 +156,17 @@ def _key(row: RowSampling) -> int:
     return _mix(_mix(row.seed % 2**63 + _GOLDEN) + (row.position + 1) * _GOLDEN)
 
 
-def _in_one_pass(logits: Tensor) -> bool:
-    """Whether our kernel takes these logits; it draws what the code here does, in a thirtieth of the time."""
-    return logits.device.type == "cuda" and logits.dtype != torch.float64 and find_spec("triton") is not None
+def _mix_(z: Tensor) -> Tensor:
+    """`_mix` of the 64 bits of int64 numbers, in place."""
+    # int64 >> n copies the sign down; a logical shift needs the mask.
+    z.bitwise_xor_((z >> 30).bitwise_and_(_MASK_64 >> 30)).mul_(_signed(_MIX_1))
+    z.bitwise_xor_((z >> 27).bitwise_and_(_MASK_64 >> 27)).mul_(_signed(_MIX_2))
+    return z.bitwise_xor_((z >> 31).bitwise_and_(_MASK_64 >> 31))
 
 
 def _exponentials(rows: Sequence[RowSampling], vocab: int, device: torch.device) -> Tensor:
     """[R, V] float64 exponential noise, a function of (seed, position, vocabulary index) and nothing else."""
-    z = torch.arange(1, vocab + 1, device=device) * _signed(_GOLDEN)
-    z = z + _upload([_signed(_key(row)) for row in rows], np.int64, device)[:, None]
-    # int64 >> n copies the sign down; a logical shift needs the mask.
-    z.bitwise_xor_((z >> 30).bitwise_and_(_MASK_64 >> 30)).mul_(_signed(_MIX_1))
-    z.bitwise_xor_((z >> 27).bitwise_and_(_MASK_64 >> 27)).mul_(_signed(_MIX_2))
-    z.bitwise_xor_((z >> 31).bitwise_and_(_MASK_64 >> 31))
-    # 53 bits, all exact in float64. 0 would make the noise infinite and a banned token nan, which argmax picks.
-    u = (z >> 11).bitwise_and_(_MASK_64 >> 11).double().clamp_(min=0.5).mul_(2.0**-53)
-    return u.neg_().log1p_().neg_()
+    return exponentials(_upload([_signed(_key(row)) for row in rows], np.int64, device), vocab)
 
 
 def _upload(values: Sequence | np.ndarray, dtype: type, device: torch.device) -> Tensor:

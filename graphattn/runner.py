@@ -225,8 +225,8 @@ class DecodeRunner:
         self._is_closed = True
         self._buckets.clear()
         self._outputs = ()
-        vars(self).pop("state", None)
-        vars(self).pop("planner", None)
+        for name in ("state", "planner", "_step_fn"):
+            vars(self).pop(name, None)
 
     def _prepare(self, bucket: int) -> _Bucket:
         if self._is_closed:

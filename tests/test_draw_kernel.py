@@ -131,6 +131,27 @@ def test_a_row_draws_the_same_alone():
     assert drawn(logits.flip(0), rows[::-1]) == together[::-1]
 
 
+@runs
+@quiet
+@pytest.mark.parametrize("vocab", [1, 1025, 5000])
+def test_from_seeds_and_positions_on_the_device(vocab: int):
+    """As inside a step: keys are hashed in the kernel, floats come wider than they are used, ids go to two places."""
+    seeds = [0, 1, 2**63 - 1, 2**62 + 12345, 7]
+    rows = [RowSampling(SamplingParams(**MIXED[i]), seeds[i], (1, 2, 300, 4095, 2**20)[i]) for i in range(5)]
+    logits = normal(5, vocab, seed=vocab, dtype=torch.bfloat16)
+    sent = upload_rows(rows, seeds, DEVICE)
+    positions_B = torch.tensor([row.position - 1 for row in rows], dtype=torch.int32, device=DEVICE)
+    drawn_B = torch.full((7,), -1, dtype=torch.int32, device=DEVICE)
+    params = [row.params for row in rows]
+    exact = [[0 if p.is_greedy else p.temperature for p in params], [math.log(p.min_p or 1e-300) for p in params]]
+    exact = [torch.tensor(column, dtype=torch.float64, device=DEVICE) for column in exact]
+    for floats in ((sent.temperature_B, sent.log_min_p_B), exact):
+        token_ids = draw_gumbel(logits.to(DEVICE), sent.keys_B, *floats, positions_B=positions_B, drawn_B=drawn_B[1:6])
+        assert token_ids.tolist() == expected(logits, rows)
+        assert drawn_B.tolist() == [-1, *token_ids.tolist(), -1]
+        drawn_B.fill_(-1)
+
+
 @triton.jit
 def exponentials(bits_ptr, out_ptr, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
@@ -168,12 +189,13 @@ def test_no_rows():
         (torch.zeros(5), r"got torch.float32 \(5,\)"),
         (torch.zeros(2, 0), r"got torch.float32 \(2, 0\)"),
         (torch.zeros(2, 5, dtype=torch.float64), "got torch.float64"),
+        (torch.zeros(2, 5), r"positions must be contiguous torch.int32 \[B=2\], got torch.int64"),
         (torch.zeros(3, 5), r"keys must be contiguous torch.int64 \[B=3\], got torch.int64 \(2,\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(logits: torch.Tensor, complaint: str):
     with pytest.raises(InvalidArgumentError, match=complaint):
-        draw_gumbel(logits, *upload_rows(rows_of(2), [1, 2], "cpu"))
+        draw_gumbel(logits, *upload_rows(rows_of(2), [1, 2], "cpu"), positions_B=torch.tensor([1, 2]))
 
 
 # At the size of a model's vocabulary

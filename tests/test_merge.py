@@ -132,7 +132,7 @@ def test_a_compiled_step_has_one_gemm_per_group_and_compiles_twice(family: str, 
     assert compiled.num_compiles == len(graphs) == 2
     for graph in graphs:
         assert calls(graph)["linear"] == GEMMS
-        assert len(graph.graph.output_node().args[0]) == 2
+        assert len(graph.graph.output_node().args[0]) == 1, "the draw is not compiled"
     siblings(model)[4].weight.mul_(2)  # the second sibling of gate and up
     updated = compiled(*steps[0])[0]
     merged.detach()

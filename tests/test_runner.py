@@ -205,6 +205,104 @@ def test_verify_sees_a_step_that_changes() -> None:
         runner.verify(*rows(2))
 
 
+def test_verify_feeds_both_runs_the_same() -> None:
+    """The first moves the rows on, and the second must not see that."""
+    seen = []
+
+    def step(token_ids, positions):
+        seen.append((token_ids.tolist(), positions.tolist()))
+        return token_ids * 100 + positions
+
+    runner = new_runner(step)
+    runner.capture()
+    for length in (1, 2, 3, 3, 2, 9):
+        seen.clear()
+        runner.verify([length, 7], [length, length + 1], [[[1, 2, 3], [4, 5, 6]]])
+        assert seen == [([length, 7, 0, 0], [length - 1, length, 0, 0])] * 2
+
+
+class Fault(Exception):
+    pass
+
+
+@pytest.mark.parametrize("drawing", [False, True], ids=["tokens", "drawn"])
+def test_a_step_that_raises_can_be_run_again(drawing: bool) -> None:
+    seen, faults = [], set()
+
+    def step(token_ids, positions):
+        seen.append((token_ids.tolist(), positions.tolist()))
+        if len(seen) in faults:
+            raise Fault
+        if drawing:
+            runner.state.drawn[0, : len(token_ids)] = token_ids + 1
+        return token_ids
+
+    runner = new_runner(step)
+    runner.capture()
+    seen.clear()
+    faults |= {2, 3, 7}
+    tables, length, sent = [[[1, 2, 3, 4], [5, 6, 7, 1], [2, 3, 4, 5]]], 4, []
+    while length < 12:
+        drawn = [0, 1, 2] if drawing and length > 4 else None
+        before = runner.state.num_sent
+        try:
+            runner.run([length, length + 10, length + 20], [length] * 3, tables, drawn)
+        except Fault:
+            continue
+        finally:
+            sent.append(runner.state.num_sent - before)
+        assert seen[-1] == ([length, length + 10, length + 20, 0], [length - 1] * 3 + [0])
+        length += 1
+    if drawing:
+        assert sent[-3:] == [3, 0, 0], "nothing but new pages"
+
+
+class Replayed:
+    """A graph as the runner sees one: what was captured runs, and no Python of the runner or the state."""
+
+    def __init__(self, runner: DecodeRunner, bucket: int, prepared):
+        self.runner, self.bucket, self.prepared = runner, bucket, prepared
+
+    def replay(self) -> None:
+        state, (output,) = self.runner.state, self.runner._outputs
+        state._derive(self.bucket)
+        output[: self.bucket] = self.runner._step_fn(state.token_ids(self.bucket), state.positions(self.bucket))
+
+
+def test_replays_move_rows_on_and_captures_do_not(monkeypatch) -> None:
+    """The guard's capture runs steps of its own: they see padding alone, and leave what was drawn."""
+    seen = []
+
+    def step(token_ids, positions):
+        seen.append((token_ids.tolist(), positions.tolist()))
+        runner.state.drawn[0, : len(token_ids)] = token_ids + 1
+        return token_ids.clone()
+
+    def capture(runner, bucket, prepared, started=None):
+        with runner._rehearsal(bucket):
+            for _ in range(2):
+                runner._call(prepared)
+        prepared.graph, prepared.signature = Replayed(runner, bucket, prepared), prepared.plan.signature
+
+    monkeypatch.setattr(DecodeRunner, "_capture_graph", capture)
+    runner = new_runner(step)
+    runner.uses_graphs = True
+    runner.capture()
+    tables = [[[1, 2, 3, 4], [5, 6, 7, 1], [2, 3, 4, 5]]]
+    for length in range(4, 16):
+        if length in (7, 12):
+            prepared = runner._buckets[4]
+            graph, prepared.signature = prepared.graph, ("another plan",)
+        seen.clear()
+        found = runner.run([4, 14, 24], [length] * 3, tables, None if length == 4 else [0, 1, 2])
+        assert found.tolist() == [length, length + 10, length + 20]
+        step_of_rows = ([*found.tolist(), 0], [length - 1] * 3 + [0])
+        assert seen == [([0] * 4, [0] * 4)] * (2 * (length in (7, 12))) + [step_of_rows]
+    assert runner.counts == {"replay": 10, "guard": 2}
+    assert runner._buckets[4].graph is not graph
+    runner.verify([1, 2], [3, 4], [tables[0][:2]])
+
+
 def test_a_failing_row_leaves_the_runner_usable() -> None:
     runner = new_runner(lambda token_ids, positions: token_ids)
     with pytest.raises(BucketError, match="a batch of 7 rows: the ladder covers 1 to 6"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..batch import ragged_batch
 from ..buckets import BucketLadder
 from ..cache import KVCache
-from ..draw import Sampled, sample
+from ..draw import Sampled, sample, sample_again
 from ..errors import CaptureError, InvalidArgumentError
 from ..hf.binding import IMPLEMENTATION, Binding
 from ..layer import Attention
@@ -21,6 +21,7 @@ from ..runner import DecodeRunner
 from ..sampling import RowSampling, SamplingParams
 from ..spec import CacheSpec
 from ..state import StepState
+from .draws import RowDraws
 from .flight import Flight
 from .request import Request
 from .scheduler import Chunk
@@ -57,7 +58,9 @@ class Executor:
             groups=groups,
             device=self.device,
         )
-        self.step = ModelStep(self.model, compile=compile)
+        self._draws = RowDraws(self.state.drawn[DECODED], max_batch=ladder.max, dtype=self.model.dtype)
+        self._rows: list[Request] = []  # who decoded where in the last step
+        self.step = ModelStep(self.model, compile=compile, draw=self._draws)
         self.runner = DecodeRunner(
             self.step, self.state, self.planner, ladder=ladder, enforce_eager=enforce_eager, capture=capture
         )
@@ -112,23 +115,32 @@ class Executor:
         drawn = [chunk.request for chunk in chunks if chunk.request.num_pending == 0]
         if not drawn:
             return None
-        return self._take_off(sample(logits_RV, [request.row() for request in drawn]), drawn, PREFILLED)
+        sampled = sample(logits_RV, [request.row() for request in drawn])
+        self.state.drawn[PREFILLED, : len(drawn)].copy_(sampled.token_ids)
+        return self._take_off(sampled, drawn, PREFILLED)
 
     def decode(self, requests: Sequence[Request]) -> Flight:
         """One token for each request, at the bucket that holds them."""
-        logits_BV, greedy_B = self.runner.run(
-            [request.tokens[-1] for request in requests],
-            [len(request.tokens) for request in requests],
-            [[request.table.pages for request in requests]],
-            [request.drawn_at if request.num_unread else None for request in requests],
+        self._rows = rows = seated(self._rows, requests)
+        self._draws.stage([request.ask for request in rows])
+        logits_BV, token_ids_B = self.runner.run(
+            [request.tokens[-1] for request in rows],
+            [len(request.tokens) for request in rows],
+            [[request.table.pages for request in rows]],
+            [request.drawn_at if request.num_unread else None for request in rows],
         )
-        for request in requests:
+        for request in rows:
             request.computed(1)
-        if all(_is_plain(request) for request in requests):
-            sampled = Sampled(greedy_B)
-        else:
-            sampled = sample(logits_BV, [request.row() for request in requests])
-        return self._take_off(sampled, requests, DECODED)
+        asks = {
+            row: request.row()
+            for row, request in enumerate(rows)
+            if request.asks_more or (self._draws.is_greedy_only and request.ask.temperature)
+        }
+        sampled = Sampled(token_ids_B)
+        if asks:
+            sampled = sample_again(logits_BV, token_ids_B, asks)
+            self.state.drawn[DECODED, : len(rows)].copy_(sampled.token_ids)
+        return self._take_off(sampled, rows, DECODED)
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
@@ -177,7 +189,7 @@ class Executor:
             "weights": tensor_bytes(tensors[name] for tensors, name in self._weights),
             "KV pages": self.cache.num_bytes,
             "workspaces": self.planner.num_bytes,
-            "step buffers": self.state.num_bytes + self.runner.num_bytes,
+            "step buffers": self.state.num_bytes + self._draws.num_bytes + self.runner.num_bytes,
         }
 
     def close(self) -> None:
@@ -185,8 +197,8 @@ class Executor:
         self.runner.close()
         self.binding.detach()
         self.cache.layers.clear()
-        self._weights, self._children, self._addresses = [], [], []
-        del self.planner, self.state, self._prefill_plan
+        self._weights, self._children, self._addresses, self._rows = [], [], [], []
+        del self.planner, self.state, self._prefill_plan, self._draws, self.step
 
     def _read_addresses(self) -> list[int]:
         return [tensors[name].data_ptr() for tensors, name in self._weights]
@@ -197,21 +209,31 @@ class Executor:
         return tensor.to(self.device, non_blocking=True)
 
     def _take_off(self, sampled: Sampled, requests: Sequence[Request], region: int) -> Flight:
-        """Leaves what was drawn where the next step can feed it, and sends it to the host."""
-        drawn = self.state.drawn[region]
-        drawn[: len(requests)].copy_(sampled.token_ids)
+        """Sends what was drawn, and lies in a region of the state for the next step to feed, to the host."""
         flight = Flight(requests, sampled)
+        first = region * self.state.drawn.shape[1]
         for row, request in enumerate(requests):
-            request.draw(region * len(drawn) + row)
+            request.draw(first + row)
         return flight
 
 
-def _is_plain(request: Request) -> bool:
-    """Whether the argmax that the step computes is this request's draw."""
-    params = request.params
-    return (
-        params.is_greedy
-        and params.logprobs is None
-        and params.repetition_penalty == 1.0
-        and not (request.below_minimum and request.stop_ids)
-    )
+def seated(before: list[Request], requests: Sequence[Request]) -> list[Request]:
+    """The requests in an order in which as few as possible have another place than before.
+
+    Who stays keeps its place. Where one has left, a new one takes its place, or else the last of all moves there.
+
+    Example:
+        >>> seated(["a", "b", "c", "d"], ["a", "c", "d"]), seated(["a", "b"], ["b", "c", "d"])
+        (['a', 'd', 'c'], ['c', 'b', 'd'])
+    """
+    staying, known = set(requests), set(before)
+    if staying == known:
+        return before
+    new = (request for request in requests if request not in known)
+    rows = [request if request in staying else next(new, None) for request in before]
+    rows += new
+    while None in rows:
+        last = rows.pop()
+        if last is not None:
+            rows[rows.index(None)] = last
+    return rows

@@ -1,4 +1,4 @@
-"""The model as a decode step: tokens and positions in, logits and the most likely ids out."""
+"""The model as a decode step: tokens and positions in, logits and what is drawn from them out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from .fold import fold
 
 _CHAINED = {"triton.enable_pdl": True}  # kernels start while the one before still runs, as ours do
-PARTS = 64  # of the vocabulary, whose largest logits are found side by side
+Draw = Callable[[Tensor, Tensor], Tensor]
+
+
+def most_likely(logits_BV: Tensor, positions_B: Tensor) -> Tensor:
+    """The first largest of each row."""
+    return logits_BV.argmax(-1)
 
 
 class ModelStep:
@@ -22,10 +27,11 @@ class ModelStep:
     Args:
         model: the model, its attention on graphattn's layer.
         compile: compile with Inductor, `fullgraph=True`: once for batch 1 and once for every size from 2.
+        draw: called with the logits `[B, vocabulary]` and the positions `[B]`, returns ids `[B]`; never compiled.
     """
 
-    def __init__(self, model: nn.Module, *, compile: bool):
-        self.compile = compile
+    def __init__(self, model: nn.Module, *, compile: bool, draw: Draw = most_likely):
+        self.compile, self._draw = compile, draw
         self._graphs: list[str] = []
         self._forward = _compiled(model, self._graphs) if compile else _step_of(model)
 
@@ -35,11 +41,12 @@ class ModelStep:
         return len(self._graphs)
 
     def __call__(self, token_ids_B: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns logits `[B, vocabulary]` and their argmax `[B]`."""
+        """Returns logits `[B, vocabulary]` and the ids drawn `[B]`."""
         if self.compile and len(token_ids_B) > 1:
             torch._dynamo.mark_dynamic(token_ids_B, 0)
             torch._dynamo.mark_dynamic(positions_B, 0)
-        return self._forward(token_ids_B, positions_B)
+        logits_BV = self._forward(token_ids_B, positions_B)
+        return logits_BV, self._draw(logits_BV, positions_B)
 
 
 def last_logits(model: nn.Module, token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor) -> Tensor:
@@ -50,25 +57,14 @@ def last_logits(model: nn.Module, token_ids_N: Tensor, positions_N: Tensor, last
     return model(**inputs).logits[0, last_R]
 
 
-def _step_of(model: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    def step(token_ids_B: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor]:
-        output = model(input_ids=token_ids_B[None], position_ids=positions_B[None], use_cache=False)
-        logits_BV = output.logits[0]
-        return logits_BV, _argmax(logits_BV)
+def _step_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    def step(token_ids_B: Tensor, positions_B: Tensor) -> Tensor:
+        return model(input_ids=token_ids_B[None], position_ids=positions_B[None], use_cache=False).logits[0]
 
     return step
 
 
-def _argmax(logits_BV: Tensor) -> Tensor:
-    """The first largest of each row, in two steps where the vocabulary divides: one row alone fills no device."""
-    if logits_BV.shape[1] % PARTS:
-        return logits_BV.argmax(-1)
-    values_BP, at_BP = logits_BV.unflatten(1, (PARTS, -1)).max(-1)
-    part_B1 = values_BP.argmax(-1, keepdim=True)
-    return (part_B1 * (logits_BV.shape[1] // PARTS) + at_BP.gather(1, part_B1))[:, 0]
-
-
-def _compiled(model: nn.Module, graphs: list[str]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _compiled(model: nn.Module, graphs: list[str]) -> Callable[[Tensor, Tensor], Tensor]:
     def backend(graph: torch.fx.GraphModule, inputs: list):
         from torch._inductor.compile_fx import compile_fx
 

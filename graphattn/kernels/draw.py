@@ -62,7 +62,15 @@ def upload_rows(rows: Sequence[RowSampling], keys: Sequence[int], device: torch.
     return DrawRows(sent[:count], temperature_B, log_min_p_B if (log_min_p > -math.inf).any() else None)
 
 
-def draw_gumbel(logits_BV: Tensor, keys_B: Tensor, temperature_B: Tensor, log_min_p_B: Tensor | None = None) -> Tensor:
+def draw_gumbel(
+    logits_BV: Tensor,
+    keys_B: Tensor,
+    temperature_B: Tensor,
+    log_min_p_B: Tensor | None = None,
+    *,
+    positions_B: Tensor | None = None,
+    drawn_B: Tensor | None = None,
+) -> Tensor:
     """Draws one token per row as `graphattn.draw.sample` does; waits for nothing and can be captured.
 
     The draw is the argmax of logits / temperature - log(noise), the lowest id on ties, over the tokens that min-p
@@ -75,8 +83,11 @@ def draw_gumbel(logits_BV: Tensor, keys_B: Tensor, temperature_B: Tensor, log_mi
         logits_BV: [B, V] bfloat16, float16 or float32 without nan, of any strides. A row that is -inf throughout
             gives id 0.
         keys_B: [B] int64.
-        temperature_B: [B] float32 in [1e-30, 1e30], or 0 for the most likely token.
-        log_min_p_B: [B] float32, the log of min-p, -inf where it is off; None if no row has it.
+        temperature_B: [B] float32 in [1e-30, 1e30], or 0 for the most likely token; float64 is rounded to that.
+        log_min_p_B: [B] float32 or float64 likewise, the log of min-p, -inf where it is off; None if no row has it.
+        positions_B: [B] int32, of each row's last token; `keys_B` then are seeds in [0, 2**63), and a row's key is
+            what `graphattn.draw` makes of its seed and the position behind that token.
+        drawn_B: [B] int32, where the ids go too.
 
     Returns:
         [B] int64.
@@ -88,14 +99,18 @@ def draw_gumbel(logits_BV: Tensor, keys_B: Tensor, temperature_B: Tensor, log_mi
         given = f"{logits_BV.dtype} {tuple(logits_BV.shape)}"
         raise InvalidArgumentError(f"logits must be bfloat16, float16 or float32 [B, V >= 1], got {given}")
     num_rows, vocab = logits_BV.shape
-    for name, rows, dtype in (
-        ("keys", keys_B, torch.int64),
-        ("temperature", temperature_B, torch.float32),
-        ("log_min_p", log_min_p_B, torch.float32),
+    floats = (torch.float32, torch.float64)
+    for name, rows, dtypes in (
+        ("keys", keys_B, (torch.int64,)),
+        ("temperature", temperature_B, floats),
+        ("log_min_p", log_min_p_B, floats),
+        ("positions", positions_B, (torch.int32,)),
+        ("drawn", drawn_B, (torch.int32,)),
     ):
-        if rows is not None and (rows.dtype != dtype or rows.shape != (num_rows,) or not rows.is_contiguous()):
+        if rows is not None and (rows.dtype not in dtypes or rows.shape != (num_rows,) or not rows.is_contiguous()):
             given = f"{rows.dtype} {tuple(rows.shape)} of strides {rows.stride()}"
-            raise InvalidArgumentError(f"{name} must be contiguous {dtype} [B={num_rows}], got {given}")
+            allowed = " or ".join(map(str, dtypes))
+            raise InvalidArgumentError(f"{name} must be contiguous {allowed} [B={num_rows}], got {given}")
     token_ids_B = torch.empty(num_rows, dtype=torch.int64, device=logits_BV.device)
     if not num_rows:
         return token_ids_B
@@ -114,6 +129,7 @@ def draw_gumbel(logits_BV: Tensor, keys_B: Tensor, temperature_B: Tensor, log_mi
             logits_BV,
             *logits_BV.stride(),
             keys_B,
+            positions_B,
             temperature_B,
             log_min_p_B,
             peak_BS,
@@ -125,17 +141,28 @@ def draw_gumbel(logits_BV: Tensor, keys_B: Tensor, temperature_B: Tensor, log_mi
             padded,
             enable_fp_fusion=False,
         )
-        _reduce[(num_rows,)](score_BS, id_BS, token_ids_B, num_splits, padded, num_warps=1)
+        _reduce[(num_rows,)](score_BS, id_BS, token_ids_B, drawn_B, num_splits, padded, num_warps=1)
     return token_ids_B
 
 
 @triton.jit
-def _bits(key, index):
-    """64 random bits for each vocabulary index: splitmix64. All unsigned, so that >> shifts zeros in."""
-    z = key.to(tl.uint64) + (index + 1).to(tl.uint32).to(tl.uint64) * _GOLDEN
+def _mix(z):
+    """The finaliser of splitmix64, of unsigned numbers, so that >> shifts zeros in."""
     z = (z ^ (z >> 30)) * _MIX_1
     z = (z ^ (z >> 27)) * _MIX_2
     return z ^ (z >> 31)
+
+
+@triton.jit
+def _bits(key, index):
+    """64 random bits for each vocabulary index."""
+    return _mix(key.to(tl.uint64) + (index + 1).to(tl.uint32).to(tl.uint64) * _GOLDEN)
+
+
+@triton.jit
+def _key(seed, position):
+    """What the noise of the token at a position is a hash of."""
+    return _mix(_mix(seed.to(tl.uint64) + _GOLDEN) + (position + 1).to(tl.uint64) * _GOLDEN)
 
 
 @triton.jit
@@ -164,12 +191,13 @@ def _peak(logits_ptr, stride_b, stride_v, log_min_p_ptr, peak_ptr, vocab, span, 
         tl.store(peak_ptr + row * tl.num_programs(1) + split, tl.max(peak, 0))
 
 
-@triton.jit(do_not_specialize_on_alignment=["key_ptr", "temperature_ptr", "log_min_p_ptr", "peak_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["key_ptr", "position_ptr", "temperature_ptr", "log_min_p_ptr", "peak_ptr"])
 def _draw(
     logits_ptr,
     stride_b,
     stride_v,
     key_ptr,
+    position_ptr,
     temperature_ptr,
     log_min_p_ptr,
     peak_ptr,
@@ -186,12 +214,14 @@ def _draw(
     best so far only if E < exp(x - best), and E >= u: u < exp(x - best) in float32 is enough, with room for rounding.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    key, temperature = tl.load(key_ptr + row), tl.load(temperature_ptr + row)
+    key, temperature = tl.load(key_ptr + row).to(tl.uint64), tl.load(temperature_ptr + row).to(tl.float32)
+    if position_ptr is not None:
+        key = _key(key, tl.load(position_ptr + row) + 1)
     greedy = temperature == 0
     divisor = tl.where(greedy, 1.0, temperature)
     floor = -float("inf")
     if log_min_p_ptr is not None:
-        log_min_p = tl.load(log_min_p_ptr + row)
+        log_min_p = tl.load(log_min_p_ptr + row).to(tl.float32)
         if log_min_p > -float("inf"):
             part = tl.arange(0, SPLITS)
             peaks = tl.load(
@@ -203,18 +233,19 @@ def _draw(
     for start in range(split * span, min(split * span + span, vocab), BLOCK):
         index = start + tl.arange(0, BLOCK)
         logits = _load(logits_ptr + row * stride_b, index, stride_v, vocab)
-        z = _bits(key, index)
-        u = ((z >> 41).to(tl.int32) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0  # its first 23 bits
-        u = tl.where(greedy, 1.0, u)
-        # Errors are below 1e-6 * |best| + 1e-4 where x is near enough to matter. A best of inf makes this nan, and is
-        # not beaten.
         bound = best.to(tl.float32)
-        bound -= 1e-5 * tl.abs(bound) + 0.01
-        if tl.max((u < tl.exp(tl.fma(logits, inverse, -bound))).to(tl.int32), 0) > 0:
+        if greedy:
+            may_beat = logits > bound
+        else:
+            u = ((_bits(key, index) >> 41).to(tl.int32) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0  # 23 bits
+            # Errors are below 1e-6 * |best| + 1e-4 where x is near enough to matter. A best of inf makes this nan, and
+            # is not beaten.
+            may_beat = u < tl.exp(tl.fma(logits, inverse, 1e-5 * tl.abs(bound) + 0.01 - bound))
+        if tl.max(may_beat.to(tl.int32), 0) > 0:
             # A plain / is not rounded as IEEE wants and as torch does.
             x = tl.div_rn(logits, divisor)
             x = tl.where(x < floor, -float("inf"), x)
-            score = x.to(tl.float64) - tl.where(greedy, 0.0, tl.log(_exponential(z)))
+            score = x.to(tl.float64) - tl.where(greedy, 0.0, tl.log(_exponential(_bits(key, index))))
             top, at = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
             if top > best:
                 best, best_id = top, start + at
@@ -222,9 +253,12 @@ def _draw(
     tl.store(id_ptr + row * tl.num_programs(1) + split, best_id)
 
 
-@triton.jit
-def _reduce(score_ptr, id_ptr, token_id_ptr, num_splits, SPLITS: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=["drawn_ptr"])
+def _reduce(score_ptr, id_ptr, token_id_ptr, drawn_ptr, num_splits, SPLITS: tl.constexpr):
     row, part = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS)
     score = tl.load(score_ptr + row * num_splits + part, mask=part < num_splits, other=-float("inf"))
     best = tl.argmax(score, 0, tie_break_left=True)
-    tl.store(token_id_ptr + row, tl.load(id_ptr + row * num_splits + best).to(tl.int64))
+    token_id = tl.load(id_ptr + row * num_splits + best)
+    tl.store(token_id_ptr + row, token_id.to(tl.int64))
+    if drawn_ptr is not None:
+        tl.store(drawn_ptr + row, token_id)

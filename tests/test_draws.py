@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -85,14 +86,14 @@ def test_only_rows_that_change_are_sent(monkeypatch: pytest.MonkeyPatch) -> None
     check([rows[5], *rows[1:]], 2)
     send = row_draws._mirror._send
 
-    def interrupted(*args) -> None:
+    def interrupted(sends: bool, *args) -> None:
         if sends:
             send(*args)
         raise KeyboardInterrupt
 
     for sends in (True, False):
         with monkeypatch.context() as patched:
-            patched.setattr(row_draws._mirror, "_send", interrupted)
+            patched.setattr(row_draws._mirror, "_send", partial(interrupted, sends))
             with pytest.raises(KeyboardInterrupt):
                 stage(row_draws, [rows[4], *rows[1:]])
         check([rows[5], *rows[1:]], 2)

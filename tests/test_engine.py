@@ -390,6 +390,81 @@ def test_logprobs_are_the_models_own(seed: int | None) -> None:
             assert entry == pytest.approx({one: row[one].item() for one in entry}, abs=1e-6)
 
 
+def test_requests_of_every_kind_share_a_step() -> None:
+    """Drawn in the step or after it, below and above min_tokens: each gets what it gets alone."""
+    kinds = (
+        {"temperature": 0},
+        {"temperature": 1.3},
+        {"temperature": 0.8, "min_p": 0.2},
+        {"temperature": 0.9, "top_p": 0.8},
+        {"temperature": 1.1, "top_k": 9, "logprobs": 2},
+        {"temperature": 0, "logprobs": 1},
+        {"temperature": 0, "repetition_penalty": 1.4},
+        {"temperature": 1.2, "min_tokens": 6, "stop_token_ids": range(0, 60)},
+        {"temperature": 0, "min_tokens": 4, "stop_token_ids": range(40, 128)},
+    )
+    params = [SamplingParams(seed=at, max_tokens=8 + at, **kind) for at, kind in enumerate(kinds * 2)]
+    with LLM(small(), max_batch=1, num_pages=60) as llm:
+        alone = [llm.generate([prompt], one)[0] for prompt, one in zip(PROMPTS, params, strict=False)]
+    with LLM(small(), max_batch=12, num_pages=25, page_size=4, max_seq_len=80, max_prefill_tokens=30) as llm:
+        together = llm.generate(PROMPTS, [*params[: len(PROMPTS)]])
+        assert llm._scheduler.num_preemptions > 0
+    for output, lone in zip(together, alone, strict=True):
+        assert output.token_ids == lone.token_ids
+        assert (output.logprobs is None) == (lone.logprobs is None)
+        for entry, lone_entry in zip(output.logprobs or (), lone.logprobs or (), strict=True):
+            assert entry == pytest.approx(lone_entry, abs=1e-9)
+
+
+def test_temperature_and_min_p_are_drawn_in_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphattn.engine.executor.sample_again", _interrupt)
+    with LLM(small(), max_batch=4, num_pages=60) as llm:
+        for params in (greedy(), SamplingParams(temperature=0.8, seed=1, max_tokens=12), SamplingParams(min_p=0.1)):
+            llm.generate(PROMPTS[:5], params)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS[:5], seeded(1))
+
+
+def test_rows_that_go_on_are_not_sent(overlap: bool) -> None:
+    """A page as it begins; where tokens are read before the next step, each row's token and that it is to be taken."""
+    with LLM(small(), max_batch=4, num_pages=80, page_size=4) as llm:
+        state, drawing = llm._executor.state, llm._executor._draws
+        for at in (5, 6, 7):
+            llm.add_request(PROMPTS[at], SamplingParams(temperature=at - 5.0, seed=at, max_tokens=40))
+        for _ in range(4):
+            llm.step()
+        for _ in range(30):
+            before, pages = (state.num_sent, drawing.num_sent), llm.pool.num_used
+            llm.step()
+            new_pages = llm.pool.num_used - pages
+            tokens = state.num_sent - before[0] - new_pages
+            assert tokens == 0 if overlap else tokens <= 6
+            assert drawing.num_sent == before[1]
+
+
+def test_rows_keep_their_place_when_one_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(small(), max_batch=6, num_pages=80) as llm:
+        ids = [llm.add_request(PROMPTS[1], SamplingParams(temperature=1.0, seed=at, max_tokens=30)) for at in range(5)]
+        seen, decode = [], llm._executor.decode
+
+        def watched(requests):
+            flight = decode(requests)
+            seen.append([request.id for request in flight.requests])
+            return flight
+
+        monkeypatch.setattr(llm._executor, "decode", watched)
+        for _ in range(3):
+            llm.step()
+        llm.abort(ids[1])
+        llm.step()
+        llm.step()
+        ids.append(llm.add_request(PROMPTS[2], greedy(9)))
+        for _ in range(3):
+            llm.step()
+        assert seen[0] == ids[:5] and [ids[0], ids[4], ids[2], ids[3]] in seen
+        assert seen[-1] == [ids[0], ids[4], ids[2], ids[3], ids[5]]
+
+
 # Text
 
 

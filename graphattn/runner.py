@@ -149,7 +149,7 @@ class DecodeRunner:
     ) -> Tensor | tuple[Tensor, ...]:
         """Runs one step, on the current stream, and returns without waiting for it.
 
-        Staging waits for the copies of the numbers of two steps ago, which the device makes before it runs that step.
+        What is sent waits for the copy before the last, which the device makes before it runs that step.
         Run all steps on one stream, or make the streams wait for each other: they share buffers.
 
         Args:

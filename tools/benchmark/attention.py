@@ -1,0 +1,214 @@
+"""Workload `attention`: what attention adds to a step where it runs, between the GEMMs of many layers in one graph.
+
+Timed back to back with itself a kernel overlaps its own next launch and finds small caches in L2; in this chain it does
+neither. The figure is the time of the chain less that of the same chain whose attention passes the queries through.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import graphattn as ga
+
+from .accuracy import is_wrong, rms
+from .rows import lengths
+from .shape import head_dim_of, token_bytes
+from .timing import quantile, spread, wait
+
+PAGE_SIZE = 16
+BACKENDS = {"cuda": ("fused", "flashinfer"), "cpu": ("reference",)}
+WARM_STEPS = 5
+
+
+class Chain:
+    """The GEMMs of a decoder's layers, projections merged, with attention or a pass-through between the first two.
+
+    Args:
+        config: a transformers config.
+        dtype, device: of weights and activations.
+        max_batch: rows at most.
+    """
+
+    def __init__(self, config, dtype: torch.dtype, device: str, max_batch: int):
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim_of(config),
+        )
+        hidden, width = config.hidden_size, self.heads * self.head_dim
+        sizes = (
+            (hidden, width + 2 * self.kv_heads * self.head_dim),
+            (width, hidden),
+            (hidden, 2 * config.intermediate_size),
+            (config.intermediate_size, hidden),
+        )
+        options = {"dtype": dtype, "device": device}
+        torch.manual_seed(0)
+        self.weights = [
+            [torch.randn(size, **options) * size[0] ** -0.5 for size in sizes] for _ in range(config.num_hidden_layers)
+        ]
+        self.x = torch.randn(max_batch, hidden, **options)
+        self.attention, self.attends = self.unbound(), True
+
+    def unbound(self) -> list[ga.Attention]:
+        """Attention layers without pages."""
+        return [ga.Attention(self.heads, self.head_dim, num_kv_heads=self.kv_heads) for _ in self.weights]
+
+    def __call__(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        x = self.x[: len(token_ids)]
+        for attention, weights in zip(self.attention, self.weights, strict=True):
+            q, k, v = self.project(x, weights[0])
+            q = attention(q, k, v) if self.attends else q
+            x = q.reshape(len(x), -1) @ weights[1]
+            gate_up = x @ weights[2]
+            x = gate_up[:, : gate_up.shape[1] // 2] @ weights[3]
+        return x
+
+    def project(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q `[N, heads, head_dim]`, k and v `[N, kv_heads, head_dim]`."""
+        qkv = (x @ weight).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim))
+        return qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+
+
+class Pages:
+    """Random keys and values for rows of these lengths, pages in random order, bound to the chain's layers."""
+
+    def __init__(self, chain: Chain, lens: list[int], dtype: torch.dtype, device: str):
+        chain.attention = chain.unbound()  # the pages of an earlier case go before these are made
+        self.spec, self.lens = chain.attention[0].spec, lens
+        pool = ga.PagePool(1 + sum(-(-length // PAGE_SIZE) for length in lens), PAGE_SIZE)
+        self.tables = [ga.BlockTable(pool) for _ in lens]
+        for row in random.Random(0).sample(range(len(lens)), len(lens)):
+            self.tables[row].grow(lens[row])
+        self.cache = ga.CacheSpec(num_pages=pool.num_pages, page_size=PAGE_SIZE, dtype=dtype)
+        self.layers = ga.KVCache(len(chain.attention), self.spec, self.cache, device).layers
+        for attention, pair in zip(chain.attention, self.layers, strict=True):
+            for pages in pair:
+                pages.normal_()
+            attention.bind(*pair)
+
+    @property
+    def page_lists(self) -> list[list[list[int]]]:
+        return [[table.pages for table in self.tables]]
+
+    def runner(self, step_fn, device: str, backend: str) -> ga.DecodeRunner:
+        """Captures `step_fn` for all rows; on a CPU it is called as it is."""
+        batch = len(self.lens)
+        state = ga.StepState(
+            max_batch=batch, max_seq_len=max(self.lens), page_size=PAGE_SIZE, groups=[self.spec], device=device
+        )
+        planner = ga.Planner([self.spec], self.cache, device, backend)
+        runner = ga.DecodeRunner(step_fn, state, planner, ladder=ga.BucketLadder([batch]))
+        runner.capture()
+        return runner
+
+
+def step_us(runner: ga.DecodeRunner, lens: list[int], tables: list, device: str, repeats: int) -> list[float]:
+    """Microseconds of each of `repeats` steps, launched without waiting, so that the device has the next at hand."""
+    token_ids = [0] * len(lens)
+    if device == "cpu":
+        times = []
+        for _ in range(WARM_STEPS + repeats):
+            started = time.perf_counter()
+            runner.run(token_ids, lens, tables)
+            times.append((time.perf_counter() - started) * 1e6)
+        return times[WARM_STEPS:]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(WARM_STEPS + repeats + 1)]
+    for event in events[:-1]:
+        event.record()
+        runner.run(token_ids, lens, tables)
+    events[-1].record()
+    torch.cuda.synchronize()
+    times = [before.elapsed_time(after) * 1e3 for before, after in zip(events, events[1:], strict=False)]
+    return times[WARM_STEPS:]
+
+
+def launch_us(runner: ga.DecodeRunner, lens: list[int], tables: list, device: str) -> float:
+    """Microseconds of the host to stage and launch one step; where steps are shorter, they wait for it."""
+    times = []
+    for _ in range(WARM_STEPS):
+        wait(device)
+        started = time.perf_counter()
+        runner.run([0] * len(lens), lens, tables)
+        times.append(time.perf_counter() - started)
+    wait(device)
+    return quantile(times, 0.5) * 1e6
+
+
+def check(chain: Chain, pages: Pages, device: str, backend: str) -> dict:
+    """The first layer's output against float32 attention over the same keys and values, plain torch's error beside."""
+
+    def first_layer(token_ids: Tensor, positions: Tensor) -> Tensor:
+        return chain.attention[0](*chain.project(chain.x[: len(token_ids)], chain.weights[0][0]))
+
+    runner = pages.runner(first_layer, device, backend)
+    out_NHD = runner.run([0] * len(pages.lens), pages.lens, pages.page_lists).clone()
+    runner.close()
+    q_NHD = chain.project(chain.x[: len(pages.lens)], chain.weights[0][0])[0]
+    k_cache, v_cache = pages.layers[0]
+    errors: dict[str, list[float]] = {"ours": [], "plain": []}
+    for row, (length, table) in enumerate(zip(pages.lens, pages.tables, strict=True)):
+        taken = torch.tensor(table.pages, device=device)
+        k, v = (cache[taken].flatten(0, 1)[:length].transpose(0, 1)[None] for cache in (k_cache, v_cache))
+        q = q_NHD[row][None, :, None]
+        options = {"enable_gqa": q.shape[1] != k.shape[1], "scale": pages.spec.scale}
+        exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)[0, :, 0]
+        plain = F.scaled_dot_product_attention(q, k, v, **options)[0, :, 0]
+        for name, out in (("ours", out_NHD[row]), ("plain", plain)):
+            errors[name].append((out.float() - exact).square().mean().sqrt().item())
+    return {f"{name}_rms": rms(found) for name, found in errors.items()}
+
+
+def measure(config, dtype: torch.dtype, device: str, cases: list[str], repeats: int, rate: float) -> list[dict]:
+    """Microseconds per layer that append and attention add, for each case and backend.
+
+    Raises:
+        RuntimeError: a backend's output is wrong.
+    """
+    rows, num_layers = [], config.num_hidden_layers
+    chain = Chain(config, dtype, device, max(len(lengths(case)) for case in cases))
+    for case in cases:
+        lens = lengths(case)
+        floor_us = sum(lens) * token_bytes(config, dtype.itemsize) / rate * 1e6
+        row: dict = {"case": case, "floor_us": floor_us, "backends": {}}
+        for backend in BACKENDS[device]:
+            try:
+                with torch.no_grad():
+                    row["backends"][backend] = _one(chain, lens, dtype, device, backend, repeats, num_layers)
+            except (ga.BackendError, torch.OutOfMemoryError) as error:
+                row["backends"][backend] = {"error": f"{type(error).__name__}: {error}"}
+            if device == "cuda":
+                torch.cuda.empty_cache()
+        rows.append(row)
+    return rows
+
+
+def _one(
+    chain: Chain, lens: list[int], dtype: torch.dtype, device: str, backend: str, repeats: int, num_layers: int
+) -> dict:
+    pages = Pages(chain, lens, dtype, device)
+    checked = check(chain, pages, device, backend)
+    if is_wrong(checked):
+        raise RuntimeError(f"{backend} is wrong, so it is not measured: {checked}")
+    chain.attends = True
+    runner = pages.runner(chain, device, backend)
+    times = step_us(runner, lens, pages.page_lists, device, repeats)
+    launch = launch_us(runner, lens, pages.page_lists, device)
+    runner.close()
+    chain.attends = False
+    runner = pages.runner(chain, device, backend)
+    short = [1] * len(lens)  # nobody reads the pages, and staging many would outlast the GEMMs
+    alone = quantile(step_us(runner, short, pages.page_lists, device, repeats), 0.5)
+    runner.close()
+    return {
+        "us_per_layer": spread([(us - alone) / num_layers for us in times]),
+        "gemms_us_per_layer": alone / num_layers,
+        "step_us": quantile(times, 0.5),
+        "launch_us": launch,
+        "backend_check": checked,
+    }

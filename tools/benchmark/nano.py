@@ -1,0 +1,57 @@
+"""Workload `nano`, nano-vLLM's bench: requests of mixed lengths, all sent at once, tokens per second."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+
+from graphattn import LLM, SamplingParams
+
+TEMPERATURE = 0.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """Prompts and how many tokens to generate for each.
+
+    Args:
+        num_requests: how many; 256 in nano-vLLM's bench.
+        longest: tokens of a prompt, and of an answer, at most; 1024 there.
+        vocab_size: ids are drawn below it, and below 10001.
+    """
+
+    num_requests: int
+    longest: int
+    vocab_size: int
+
+    def draw(self) -> tuple[list[list[int]], list[int]]:
+        """The prompts, and the tokens to generate, of 100 (or `longest`) to `longest` tokens each, seed 0."""
+        rng, lens = random.Random(0), (min(100, self.longest), self.longest)
+        top = min(10000, self.vocab_size - 1)
+        prompts = [[rng.randint(0, top) for _ in range(rng.randint(*lens))] for _ in range(self.num_requests)]
+        return prompts, [rng.randint(*lens) for _ in prompts]
+
+
+def measure(llm: LLM, requests: Requests) -> list[dict]:
+    """Output tokens per second over all requests, drawn at temperature 0.6."""
+    prompts, counts = requests.draw()
+    params = [
+        SamplingParams(temperature=TEMPERATURE, ignore_eos=True, max_tokens=count, seed=index)
+        for index, count in enumerate(counts)
+    ]
+    llm.generate(prompts[:8], SamplingParams(temperature=TEMPERATURE, ignore_eos=True, max_tokens=4))
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, params)
+    seconds = time.perf_counter() - started
+    num_tokens = sum(len(output.token_ids) for output in outputs)
+    return [
+        {
+            "case": f"{len(prompts)} requests",
+            "requests": len(prompts),
+            "prompt_tokens": sum(map(len, prompts)),
+            "output_tokens": num_tokens,
+            "seconds": seconds,
+            "tokens_per_s": num_tokens / seconds,
+        }
+    ]

@@ -1,0 +1,121 @@
+"""Peer `transformers-cb`: transformers' continuous batching."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+
+from ..rows import PREFILL_TOKENS, WARM_TOKENS, tokens_each
+from ..timing import Timed
+from .loop import flash_attention
+from .peer import Peer, Setting
+
+BLOCK_SIZE = 256  # tokens, transformers' default
+MASKED_TOKENS = 2048  # tokens a step where attention takes a dense mask of tokens x cache
+POLL_SECONDS = 0.2
+
+
+class TransformersContinuous(Peer):
+    """On flash attention 3 or 2 where that is installed, else on sdpa; with CUDA graphs on CUDA."""
+
+    name = "transformers-cb"
+    packages = ("transformers", "flash-attn", "flash-attn-3")
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        found = flash_attention() if setting.device == "cuda" else None
+        # Asked for as paged, sdpa is left alone; without that it may be exchanged for whatever hub kernel is found.
+        self.model = setting.model(f"paged|{found or 'sdpa'}")
+        self.is_masked = found is None
+
+    def steps(self, prompts: list[list[int]], tokens: int) -> Timed:
+        lens = [len(prompt) for prompt in prompts]
+        budget = self.token_budget(lens)
+        # Twice the steps that prefill takes: those that decode have their part of each step's tokens.
+        count = tokens_each(lens, tokens, prefill_tokens=max(1, budget // 2))
+        with self.running(lens, count, temperature=0.0) as manager:
+            self.collect(manager, manager.add_requests(prompts, max_new_tokens=4))
+            ids = manager.add_requests(prompts, max_new_tokens=count, record_timestamps=True)
+            outputs = self.collect(manager, ids)
+        latest = max(outputs, key=lambda output: output.timestamps[0])
+        arrivals = latest.timestamps[WARM_TOKENS - 1 : WARM_TOKENS + tokens]
+        if (ended := min(output.timestamps[-1] for output in outputs)) < arrivals[-1]:
+            raise RuntimeError(
+                f"a request ended {arrivals[-1] - ended:.3f} s before the last to begin had its token "
+                f"{WARM_TOKENS + tokens}: not all rows decoded while steps were timed"
+            )
+        return Timed(
+            seconds=[after - before for before, after in zip(arrivals, arrivals[1:], strict=False)],
+            token_ids=outputs[0].generated_tokens,
+            note="between arrivals of the tokens of the request that began last",
+        )
+
+    def serve(self, prompts: list[list[int]], counts: list[int], temperature: float) -> tuple[int, float]:
+        lens = [len(prompt) for prompt in prompts]
+        with self.running(lens, max(counts), temperature) as manager:
+            self.collect(manager, manager.add_requests(prompts[:8], max_new_tokens=4))
+            started = time.perf_counter()
+            ids = [
+                manager.add_request(prompt, max_new_tokens=count, eos_token_id=-1)
+                for prompt, count in zip(prompts, counts, strict=True)
+            ]
+            outputs = self.collect(manager, ids)
+            seconds = time.perf_counter() - started
+        return sum(len(output.generated_tokens) for output in outputs), seconds
+
+    def token_budget(self, lens: list[int]) -> int:
+        """Tokens that a step may hold."""
+        return min(MASKED_TOKENS if self.is_masked else PREFILL_TOKENS, max(sum(lens), 256))
+
+    @contextmanager
+    def running(self, lens: list[int], count: int, temperature: float):
+        """A warmed-up manager of transformers, sized for rows of `lens` prompt tokens that generate `count` each."""
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+        from transformers.generation.continuous_batching.utils import WorkloadHints
+
+        blocks = sum(-(-(length + count) // BLOCK_SIZE) + 1 for length in lens)
+        draws = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        config = ContinuousBatchingConfig(
+            block_size=BLOCK_SIZE,
+            num_blocks=blocks + blocks // 3 + 4,  # its scheduler takes no new request while under 15% are free
+            max_batch_tokens=max(self.token_budget(lens), len(lens)),
+            allow_block_sharing=False,
+            use_cuda_graph=True if self.setting.device == "cuda" else None,
+        )
+        with self.model.continuous_batching_context_manager(
+            generation_config=GenerationConfig(eos_token_id=-1, pad_token_id=0, max_new_tokens=count, **draws),
+            continuous_batching_config=config,
+            workload_hints=WorkloadHints(max(lens), count, len(lens)),
+            timeout=60,
+        ) as manager:
+            self.attention_path = self.path(manager)
+            yield manager
+
+    def path(self, manager) -> str:
+        """What it resolved to run."""
+        config = manager.continuous_batching_config
+        said = f"{self.model.config._attn_implementation}, CUDA graphs (varlen, decode) {config.use_cuda_graph}"
+        said += f", block table {'on' if config.max_blocks_per_request else 'off'}"
+        said += f", asynchronous {config.use_async_batching}, {config.max_batch_tokens} tokens a step"
+        if self.is_masked and self.setting.device == "cuda":
+            said += "; flash attention 3 is not installed: compare with the published figures, which have it"
+        return said
+
+    def collect(self, manager, request_ids: list[str]) -> list:
+        """The finished outputs in the order of the ids.
+
+        Raises:
+            RuntimeError: a request failed, or the thread that generates has ended.
+        """
+        found = {}
+        while len(found) < len(request_ids):
+            output = manager.get_result(timeout=POLL_SECONDS)
+            if output is None:
+                if not manager.is_running():
+                    fatal = manager.background_thread_status.fatal_error
+                    raise RuntimeError(f"transformers' generation thread ended: {fatal}")
+            elif output.error is not None:
+                raise RuntimeError(f"{output.request_id}: {output.error}")
+            elif output.is_finished():
+                found[output.request_id] = output
+        return [found[request_id] for request_id in request_ids]

@@ -1,0 +1,90 @@
+"""Tables for the terminal, one per workload."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from .against import cell
+
+
+def decode_table(rows: list[dict], peers: list[dict], published: dict[str, dict[int, float]]) -> Table:
+    """Our steps, then each peer's median and its ratio to ours, then published figures."""
+    table = Table("rows", "step ms p20", "p50", "p80", "tokens/s", "bytes / copy rate, ms", "share of that rate")
+    for peer in peers:
+        table.add_column(f"{peer['name']}, ms")
+    for name in published:
+        table.add_column(f"{name}, ms, published")
+    for row in rows:
+        step, batch = row["step_ms"], row["batch"]
+        figures = [*(f"{step[name]:.3f}" for name in ("p20", "p50", "p80")), f"{row['tokens_per_s']:.0f}"]
+        figures += [f"{row['floor_ms']:.3f}", f"{row['floor_ms'] / step['p50']:.0%}"]
+        figures += [cell(peer, row["case"], "step_ms") for peer in peers]
+        known = [figures_of.get(batch) if row["context"] else None for figures_of in published.values()]
+        figures += ["-" if ms is None else f"{ms:g} ({ms / step['p50']:.2f}x)" for ms in known]
+        table.add_row(row["case"], *figures)
+    return table
+
+
+def nano_table(rows: list[dict], peers: list[dict], published: dict[str, float]) -> Table:
+    """Tokens per second, and how many times as fast ours is."""
+    (row,) = rows
+    table = Table("engine", "output tokens/s (ours / theirs)")
+    table.add_row("graphattn", f"{row['tokens_per_s']:.0f}")
+    for peer in peers:
+        table.add_row(peer["name"], cell(peer, row["case"], "tokens_per_s"))
+    for name, rate in published.items():
+        table.add_row(f"{name}, published", f"{rate:g} ({row['tokens_per_s'] / rate:.2f}x)")
+    return table
+
+
+def attention_table(rows: list[dict]) -> Table:
+    """Microseconds per layer that attention adds, by backend."""
+    names = list(rows[0]["backends"])
+    table = Table("rows", "bytes / copy rate, us", *(f"{name}, us per layer" for name in names), "GEMMs, us per layer")
+    for row in rows:
+        figures, gemms = [], "-"
+        for found in row["backends"].values():
+            if "error" in found:
+                figures.append(found["error"].splitlines()[0][:60])
+                continue
+            us = found["us_per_layer"]
+            figures.append(f"{us['p50']:.1f} ({us['p20']:.1f} to {us['p80']:.1f})")
+            gemms = f"{found['gemms_us_per_layer']:.1f}"
+        table.add_row(row["case"], f"{row['floor_us']:.1f}", *figures, gemms)
+    return table
+
+
+def step_tables(rows: list[dict]) -> list[Table]:
+    """What each step is made of, and its longest kernels."""
+    summary = Table("rows", "step ms", "device busy us", "idle, profiled", "idle", "host us", "kernels")
+    tables = [summary]
+    for row in rows:
+        shares = [row["idle_share"], row.get("idle_share_unprofiled")]
+        summary.add_row(
+            row["case"],
+            f"{row['step_ms']['p50']:.3f}",
+            "-" if row["busy_us"] is None else f"{row['busy_us']:.0f}",
+            *("-" if share is None else f"{share:.0%}" for share in shares),
+            f"{row['host_us']:.0f}",
+            f"{row['kernels_per_step']:.0f}",
+        )
+        kernels = Table("kernel", "a step", "us each", "us a step", "us a layer", title=row["case"])
+        for each in row["top"]:
+            figures = (each[name] for name in ("us_each", "us_per_step", "us_per_layer"))
+            kernels.add_row(each["name"][:70], f"{each['count_per_step']:.1f}", *(f"{us:.1f}" for us in figures))
+        tables.append(kernels)
+    return tables
+
+
+def prefill_tables(found: dict) -> list[Table]:
+    """Prompts alone, and the gaps between tokens of rows that decode beside one."""
+    alone = Table("prompt tokens", "tokens a step", "seconds", "tokens/s")
+    for row in found["alone"]:
+        seconds = f"{row['seconds']['p50']:.4f}"
+        alone.add_row(str(row["prompt_tokens"]), str(row["max_prefill_tokens"]), seconds, f"{row['tokens_per_s']:.0f}")
+    beside = Table("tokens a step", "first token s", "gap ms p50", "p99", "max", "p50 before")
+    for row in found["beside"]:
+        gaps = [row["gap_ms"][name] for name in ("p50", "p99", "max")] + [row["calm_ms"]["p50"]]
+        first = f"{row['first_token_s']:.3f}"
+        beside.add_row(str(row["max_prefill_tokens"]), first, *(f"{gap:.2f}" for gap in gaps))
+    return [alone, beside]

@@ -10,8 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from .nano import CASE
+from .peers import PEERS
+from .peers.peer import Setting
+from .published import decode_figures, nano_figures
+
 TOOLS = Path(__file__).resolve().parent.parent
 LAST_LINES = 12  # of what a peer that crashed wrote
+LONGEST = 1024  # tokens of nano's longest prompt, where an old document does not say
 
 
 def run_peer(name: str, job: dict, timeout_s: int) -> dict:
@@ -26,6 +32,8 @@ def run_peer(name: str, job: dict, timeout_s: int) -> dict:
         `name`, and `reason` (why it cannot run here), `error` (how it failed) or `rows` of what was measured, each row
         again with a `reason` or an `error` or figures.
     """
+    if (reason := PEERS[name].reason(Setting(**job["setting"]))) is not None:
+        return {"name": name, "attention_path": None, "reason": reason, "rows": []}
     with TemporaryDirectory() as folder:
         job_path, result_path = Path(folder, "job"), Path(folder, "result")
         job_path.write_text(json.dumps(job | {"peer": name}))
@@ -48,34 +56,31 @@ def run_peer(name: str, job: dict, timeout_s: int) -> dict:
                     log.seek(0)
                     last = "".join(log.readlines()[-LAST_LINES:])
                     failure = f"its process ended with {ran.returncode}: {last}"
-        result = json.loads(result_path.read_text()) if result_path.exists() else {"name": name, "rows": []}
+        result = json.loads(result_path.read_text()) if result_path.exists() else {}
+    result = {"name": name, "attention_path": None, "rows": []} | result
     if failure is not None:
         result["error"] = failure
     return result
 
 
-def run_peers(names: list[str], job: dict, timeout_s: int, ours: list[dict], figure: str) -> Iterator[dict]:
-    """Every peer's results, as they come, each figure with its ratio to ours.
+def run_peers(names: list[str], job: dict, timeout_s: int, ours: list[dict]) -> Iterator[dict]:
+    """Every peer's results, as they come, each figure with how many times as long it takes as ours.
 
     Args:
         names: of the peers.
         job, timeout_s: as `run_peer` takes them.
         ours: our rows, with `case`.
-        figure: what is compared: "step_ms" (theirs over ours) or "tokens_per_s" (ours over theirs); more than 1 is
-            slower than ours either way.
     """
-    mine = {row["case"]: row for row in ours}
+    mine, figure = {row["case"]: row for row in ours}, FIGURES[job["workload"]]
     for name in names:
         result = run_peer(name, job, timeout_s)
         for row in result["rows"]:
             if figure not in row:
                 continue
             our_row = mine[row["case"]]
-            if figure == "step_ms":
-                row["ratio"] = row["step_ms"]["p50"] / our_row["step_ms"]["p50"]
+            row["ratio"] = _ratio(_value(our_row, figure), _value(row, figure), figure)
+            if "token_ids" in row:
                 row["same_tokens"] = same_start(row.pop("token_ids"), our_row["token_ids"])
-            else:
-                row["ratio"] = our_row["tokens_per_s"] / row["tokens_per_s"]
         yield result
 
 
@@ -85,14 +90,73 @@ def same_start(theirs: list[int], ours: list[int]) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(theirs), len(ours)))
 
 
-def cell(result: dict, case: str, figure: str) -> str:
-    """What a table says of one peer at one case."""
-    if "reason" in result:
-        return result["reason"]
-    for row in result["rows"]:
+FIGURES = {"decode": "step_ms", "nano": "tokens_per_s"}
+
+
+def comparison(document: dict) -> list[list[str]]:
+    """A table of text: the cases, then ours, each peer's and each published figure, with the ratios in brackets."""
+    rows, figure = document["rows"], FIGURES[document["workload"]]
+    ours = [_value(row, figure) for row in rows]
+    lines = [["", *map(case_of, rows)], ["graphattn", *(_written(value, figure) for value in ours)]]
+    for peer in document.get("peers", []):
+        lines.append([peer["name"], *(_cell(peer, case_of(row), figure) for row in rows)])
+    for name, values in _published(document).items():
+        ratios = [_ratio(mine, theirs, figure) for mine, theirs in zip(ours, values, strict=True)]
+        cells = [
+            "-" if theirs is None else f"{theirs:g} ({ratio:.2f}x)"
+            for theirs, ratio in zip(values, ratios, strict=True)
+        ]
+        lines.append([f"{name}, published", *cells])
+    return lines
+
+
+def case_of(row: dict) -> str:
+    """What a row of a document is a measurement of."""
+    if "case" in row:
+        return row["case"]
+    return f"{row['batch']}x{row['context']}" if "batch" in row else CASE
+
+
+def _published(document: dict) -> dict[str, list[float | None]]:
+    shape, rows = document["model"]["shape"], document["rows"]
+    if document["workload"] == "nano":
+        figures = nano_figures(shape, rows[0]["requests"], rows[0].get("longest", LONGEST))
+        return {name: [figure] for name, figure in figures.items()}
+    found: dict[str, list[float | None]] = {}
+    for at, row in enumerate(rows):
+        for name, figures in decode_figures(shape, row["context"]).items():
+            found.setdefault(name, [None] * len(rows))[at] = figures.get(row["batch"])
+    return found
+
+
+def _value(row: dict, figure: str) -> float:
+    return row["step_ms"]["p50"] if figure == "step_ms" else row["tokens_per_s"]
+
+
+def _written(value: float, figure: str) -> str:
+    return f"{value:.3f}" if figure == "step_ms" else f"{value:,.0f}"
+
+
+def _ratio(ours: float, theirs: float | None, figure: str) -> float | None:
+    """How many times as long theirs takes."""
+    if theirs is None:
+        return None
+    return theirs / ours if figure == "step_ms" else ours / theirs
+
+
+def _cell(peer: dict, case: str, figure: str) -> str:
+    """One peer at one case: its figure and ratio, or why there is none."""
+    if "reason" in peer:
+        return peer["reason"]
+    for row in peer["rows"]:
         if row["case"] == case:
             if figure not in row:
-                return row.get("reason") or f"error: {row['error'].splitlines()[0][:60]}"
-            value = f"{row['step_ms']['p50']:.3f}" if figure == "step_ms" else f"{row['tokens_per_s']:.0f}"
-            return f"{value} ({row['ratio']:.2f}x)"
-    return f"error: {result['error'].strip().splitlines()[-1][:60]}" if "error" in result else "-"
+                return row.get("reason") or f"error: {_line(row['error'])}"
+            return f"{_written(_value(row, figure), figure)} ({row['ratio']:.2f}x)"
+    return f"error: {_line(peer.get('error', 'nothing came back'))}"
+
+
+def _line(error: str) -> str:
+    """The line that tells most: the last of a traceback, the first of a message."""
+    lines = error.strip().splitlines()
+    return lines[-1 if "Traceback" in error else 0][:80]

@@ -81,10 +81,17 @@ def time_steps(llm: LLM, lens: list[int], tokens: int) -> Timed:
     return Timed(seconds=times, token_ids=rows.token_ids)
 
 
-def limits(cases: list[list[int]], tokens: int) -> tuple[int, int]:
-    """Rows of the largest case, and tokens of the longest request over all of them."""
-    longest = max(max(lens) + tokens_each(lens, tokens) for lens in cases)
-    return max(map(len, cases)), longest
+def sizes(cases: dict[str, list[int]], tokens: int) -> dict:
+    """Sizes of an engine for these cases, as `LLM` takes them."""
+    buckets = sorted({len(lens) for lens in cases.values()})
+    longest = max(max(lens) + tokens_each(lens, tokens) for lens in cases.values())
+    return {"max_batch": buckets[-1], "max_seq_len": longest, "buckets": buckets}
+
+
+def peer_sizes(cases: dict[str, list[int]], tokens: int) -> dict:
+    """Sizes for peers, which may prefill in smaller steps and so decode on for longer."""
+    longest = max(max(lens) + tokens_each(lens, tokens, PREFILL_TOKENS // 2) for lens in cases.values())
+    return {"max_batch": max(map(len, cases.values())), "max_len": longest}
 
 
 def measure(llm: LLM, cases: dict[str, list[int]], tokens: int, rate: float) -> list[dict]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from graphattn import LLM, SamplingParams
 
 TEMPERATURE = 0.6
+CASE = "requests of mixed lengths"
+MAX_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,11 @@ class Requests:
         return prompts, [rng.randint(*lens) for _ in prompts]
 
 
+def sizes(requests: Requests) -> dict:
+    """Sizes of an engine for them, as `LLM` takes them."""
+    return {"max_batch": min(MAX_BATCH, requests.num_requests), "max_seq_len": 2 * requests.longest}
+
+
 def measure(llm: LLM, requests: Requests) -> list[dict]:
     """Output tokens per second over all requests, drawn at temperature 0.6."""
     prompts, counts = requests.draw()
@@ -47,8 +54,9 @@ def measure(llm: LLM, requests: Requests) -> list[dict]:
     num_tokens = sum(len(output.token_ids) for output in outputs)
     return [
         {
-            "case": f"{len(prompts)} requests",
+            "case": CASE,
             "requests": len(prompts),
+            "longest": requests.longest,
             "prompt_tokens": sum(map(len, prompts)),
             "output_tokens": num_tokens,
             "seconds": seconds,

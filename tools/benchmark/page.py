@@ -6,16 +6,16 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .against import cell
-from .published import decode_figures, nano_figures, published
+from .against import case_of, comparison
+from .published import published
 
 FOLDER = "benchmarks"
 INTRO = """# Benchmarks
 
-Written by `python tools/bench.py --page docs/benchmarks.md` from the JSON files in [benchmarks](benchmarks), which hold more than is
-shown here. Weights are random, in the shape that is named; prompts are random tokens. Times are medians unless it says otherwise. A
-ratio in brackets is how many times as long the other takes. *Published* figures were measured elsewhere on the same kind of device,
-and are no part of the run beside which they stand.
+Written by `python tools/bench.py --page docs/benchmarks.md` from the JSON files in [benchmarks](benchmarks), which hold
+more than is shown here. Weights are random, in the shape that is named; prompts are random tokens. Times are medians
+unless it says otherwise. A ratio in brackets is how many times as long the other takes. *Published* figures were
+measured elsewhere on the same kind of device, and are no part of the run beside which they stand.
 """
 TITLES = {
     "decode": "Time of a decode step",
@@ -91,16 +91,12 @@ def _origin(stem: str, document: dict) -> str:
     return "\n".join([*lines, "", "```", environment["command"], "```", ""])
 
 
-def _case(row: dict) -> str:
-    return row.get("case") or f"{row['batch']}x{row['context']}"
-
-
 def _decode(document: dict) -> str:
     rows = document["rows"]
     head = ["rows x context", "ms p20", "p50", "p80", "tokens/s", "bytes / copy rate, ms", "share of that rate"]
     body = [
         [
-            _case(row),
+            case_of(row),
             *(f"{row['step_ms'][name]:.2f}" for name in ("p20", "p50", "p80")),
             f"{row['tokens_per_s']:,.0f}",
             f"{row['floor_ms']:.2f}",
@@ -108,40 +104,24 @@ def _decode(document: dict) -> str:
         ]
         for row in rows
     ]
-    parts = [table(head, body)]
-    others = [
-        [peer["name"], *(cell(peer, _case(row), "step_ms") for row in rows)] for peer in document.get("peers", [])
-    ]
-    context = next((row["context"] for row in rows if row["context"]), None)
-    for name, figures in decode_figures(document["model"]["shape"], context).items():
-        found = [figures.get(row["batch"]) if row["context"] else None for row in rows]
-        ratios = [
-            "-" if ms is None else f"{ms:g} ({ms / row['step_ms']['p50']:.2f}x)"
-            for ms, row in zip(found, rows, strict=True)
-        ]
-        others.append([f"{name}, published", *ratios])
-    if others:
-        ours = ["graphattn", *(f"{row['step_ms']['p50']:.3f}" for row in rows)]
-        parts.append(table(["ms per step", *map(_case, rows)], [ours, *others]))
-    return "\n".join([*parts, _paths(document)])
+    return "\n".join([table(head, body), _beside(document, "ms per step")])
 
 
 def _nano(document: dict) -> str:
     (row,) = document["rows"]
-    rate = row["tokens_per_s"]
-    body = [["graphattn", f"{rate:,.0f}"]]
-    body += [[peer["name"], cell(peer, _requests(row), "tokens_per_s")] for peer in document.get("peers", [])]
-    figures = nano_figures(document["model"]["shape"], row["requests"], 1024)
-    body += [[f"{name}, published", f"{theirs:,} ({rate / theirs:.2f}x)"] for name, theirs in figures.items()]
     text = (
-        f"{row['requests']} requests at once, {row['prompt_tokens']:,} prompt and {row['output_tokens']:,} output tokens, "
-        f"temperature 0.6.\n"
+        f"{row['requests']} requests at once, {row['prompt_tokens']:,} prompt and {row['output_tokens']:,} output "
+        "tokens, temperature 0.6.\n"
     )
-    return "\n".join([text, table(["engine", "output tokens/s"], body), _paths(document)])
+    return "\n".join([text, _beside(document, "engine", "output tokens/s")])
 
 
-def _requests(row: dict) -> str:
-    return row.get("case") or f"{row['requests']} requests"
+def _beside(document: dict, *head: str) -> str:
+    """Our figures beside the peers' and the published ones."""
+    first, *lines = comparison(document)
+    if len(lines) == 1 and len(head) == 1:
+        return ""
+    return "\n".join([table([*head, *first[len(head) :]], lines), _paths(document)])
 
 
 def _paths(document: dict) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .against import case_of
 from .published import decode_figures
 
 WORKLOADS = ("decode", "step")
@@ -48,6 +49,8 @@ def plot(document: dict, path: Path) -> None:
 
 
 def _decode(axes, document: dict) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     rows = [row for row in document["rows"] if row["context"]]
     batches, context = [row["batch"] for row in rows], rows[0]["context"]
     axes.plot(
@@ -61,7 +64,7 @@ def _decode(axes, document: dict) -> None:
     low, middle, high = ([row["step_ms"][name] for row in rows] for name in ("p20", "p50", "p80"))
     axes.plot(batches, middle, "o-", color=OURS, lw=2.4, ms=5, label="graphattn", zorder=5)
     axes.fill_between(batches, low, high, color=OURS, alpha=0.2, lw=0)
-    by_case = {row["case"]: row["batch"] for row in rows}
+    by_case = {case_of(row): row["batch"] for row in rows}
     for colour, peer in zip(COLOURS, document.get("peers", []), strict=False):
         points = [
             (by_case[r["case"]], r["step_ms"]["p50"]) for r in peer["rows"] if "step_ms" in r and r["case"] in by_case
@@ -79,11 +82,15 @@ def _decode(axes, document: dict) -> None:
     axes.set_yscale("log")
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, top * 2)  # room for the legend
     axes.set_xlabel("batch size, rows")
     axes.set_ylabel("time of a decode step, ms")
     axes.set_title(f"Decode step at {context} tokens of context: median, band from p20 to p80", loc="left")
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper left", ncols=2)
 
 
 def _step(axes, document: dict) -> None:

@@ -4,36 +4,35 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from .against import cell
+from .against import comparison
 
 
-def decode_table(rows: list[dict], peers: list[dict], published: dict[str, dict[int, float]]) -> Table:
-    """Our steps, then each peer's median and its ratio to ours, then published figures."""
+def decode_table(rows: list[dict]) -> Table:
+    """Our steps beside the ceiling."""
     table = Table("rows", "step ms p20", "p50", "p80", "tokens/s", "bytes / copy rate, ms", "share of that rate")
-    for peer in peers:
-        table.add_column(f"{peer['name']}, ms")
-    for name in published:
-        table.add_column(f"{name}, ms, published")
     for row in rows:
-        step, batch = row["step_ms"], row["batch"]
+        step = row["step_ms"]
         figures = [*(f"{step[name]:.3f}" for name in ("p20", "p50", "p80")), f"{row['tokens_per_s']:.0f}"]
-        figures += [f"{row['floor_ms']:.3f}", f"{row['floor_ms'] / step['p50']:.0%}"]
-        figures += [cell(peer, row["case"], "step_ms") for peer in peers]
-        known = [figures_of.get(batch) if row["context"] else None for figures_of in published.values()]
-        figures += ["-" if ms is None else f"{ms:g} ({ms / step['p50']:.2f}x)" for ms in known]
-        table.add_row(row["case"], *figures)
+        table.add_row(row["case"], *figures, f"{row['floor_ms']:.3f}", f"{row['floor_ms'] / step['p50']:.0%}")
     return table
 
 
-def nano_table(rows: list[dict], peers: list[dict], published: dict[str, float]) -> Table:
-    """Tokens per second, and how many times as fast ours is."""
-    (row,) = rows
-    table = Table("engine", "output tokens/s (ours / theirs)")
-    table.add_row("graphattn", f"{row['tokens_per_s']:.0f}")
-    for peer in peers:
-        table.add_row(peer["name"], cell(peer, row["case"], "tokens_per_s"))
-    for name, rate in published.items():
-        table.add_row(f"{name}, published", f"{rate:g} ({row['tokens_per_s'] / rate:.2f}x)")
+def nano_table(rows: list[dict]) -> Table:
+    """Our tokens per second."""
+    table = Table("requests", "output tokens", "seconds", "tokens/s")
+    for row in rows:
+        figures = (f"{row['seconds']:.2f}", f"{row['tokens_per_s']:.0f}")
+        table.add_row(str(row["requests"]), str(row["output_tokens"]), *figures)
+    return table
+
+
+def peers_table(document: dict) -> Table:
+    """Every engine's figure at every case, ours first, and in brackets how many times as long it takes."""
+    title = {"decode": "ms per step", "nano": "output tokens/s"}[document["workload"]]
+    head, *lines = comparison(document)
+    table = Table(title, *head[1:])
+    for line in lines:
+        table.add_row(*line)
     return table
 
 

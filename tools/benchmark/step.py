@@ -22,6 +22,11 @@ ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the trace
 WAITS = ("cudaEventSynchronize", "cudaStreamSynchronize", "cudaDeviceSynchronize")
 
 
+def steps_needed(steps: int) -> int:
+    """Steps that the rows of a case must be able to make, for `steps` profiled ones."""
+    return 4 * steps + 8
+
+
 def measure(llm: LLM, cases: dict[str, list[int]], steps: int, device: str) -> list[dict]:
     """Host microseconds, kernels, and the device's idle share of `steps` decode steps of each case.
 
@@ -30,7 +35,7 @@ def measure(llm: LLM, cases: dict[str, list[int]], steps: int, device: str) -> l
     num_layers = llm.model.config.get_text_config().num_hidden_layers
     rows = []
     for name, lens in cases.items():
-        with decoding(llm, lens, 4 * steps + 8) as decoding_rows:
+        with decoding(llm, lens, steps_needed(steps)) as decoding_rows:
             wall, thread = _unprofiled(decoding_rows, 2 * steps)
             with _profiled(device, {}):  # the first profile sets CUPTI up
                 decoding_rows.step()

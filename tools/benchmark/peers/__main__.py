@@ -28,7 +28,7 @@ def decode(peer: Peer, job: dict, case: str) -> dict:
     lens = lengths(case)
     if peer.even_rows_only and len(set(lens)) > 1:
         return {"reason": EVEN_ONLY}
-    vocab = config_of(peer.setting.shape).vocab_size
+    vocab = config_of(Path(peer.setting.shape)).vocab_size
     timed = peer.steps(prompts(lens, vocab), job["tokens"])
     return {
         "steps": len(timed.seconds),
@@ -40,7 +40,7 @@ def decode(peer: Peer, job: dict, case: str) -> dict:
 
 def nano(peer: Peer, job: dict, case: str) -> dict:
     """Workload nano, which has one case."""
-    vocab = config_of(peer.setting.shape).vocab_size
+    vocab = config_of(Path(peer.setting.shape)).vocab_size
     requests = Requests(num_requests=job["requests"], longest=job["longest"], vocab_size=vocab)
     num_tokens, seconds = peer.serve(*requests.draw(), TEMPERATURE)
     return {"output_tokens": num_tokens, "seconds": seconds, "tokens_per_s": num_tokens / seconds}
@@ -62,15 +62,12 @@ def attempt(call, *arguments) -> dict:
 
 def main(job_path: Path, result_path: Path) -> None:
     job = json.loads(job_path.read_text())
-    kind, setting = PEERS[job["peer"]], Setting(**job["setting"] | {"shape": Path(job["setting"]["shape"])})
+    kind, setting = PEERS[job["peer"]], Setting(**job["setting"])
     result: dict = {"name": kind.name, "attention_path": None, "rows": []}
 
     def write() -> None:
         result_path.write_text(json.dumps(result))
 
-    if (reason := kind.reason(setting)) is not None:
-        result["reason"] = reason
-        return write()
     made = attempt(lambda: {"peer": kind(setting)})
     if "peer" not in made:
         result |= made

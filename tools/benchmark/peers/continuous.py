@@ -11,7 +11,7 @@ from .loop import flash_attention
 from .peer import Peer, Setting
 
 BLOCK_SIZE = 256  # tokens, transformers' default
-MASKED_TOKENS = 2048  # tokens a step where attention takes a dense mask of tokens x cache
+MASKED_TOKENS = 4096  # tokens a step where attention takes a dense mask of tokens x cache
 POLL_SECONDS = 0.2
 
 
@@ -31,8 +31,8 @@ class TransformersContinuous(Peer):
     def steps(self, prompts: list[list[int]], tokens: int) -> Timed:
         lens = [len(prompt) for prompt in prompts]
         budget = self.token_budget(lens)
-        # Twice the steps that prefill takes: those that decode have their part of each step's tokens.
-        count = tokens_each(lens, tokens, prefill_tokens=max(1, budget // 2))
+        # Rows that decode have their part of each step's tokens.
+        count = tokens_each(lens, tokens, prefill_tokens=max(1, budget - len(lens)))
         with self.running(lens, count, temperature=0.0) as manager:
             self.collect(manager, manager.add_requests(prompts, max_new_tokens=4))
             ids = manager.add_requests(prompts, max_new_tokens=count, record_timestamps=True)
@@ -65,7 +65,7 @@ class TransformersContinuous(Peer):
 
     def token_budget(self, lens: list[int]) -> int:
         """Tokens that a step may hold."""
-        return min(MASKED_TOKENS if self.is_masked else PREFILL_TOKENS, max(sum(lens), 256))
+        return min(MASKED_TOKENS if self.is_masked else PREFILL_TOKENS, max(sum(lens), 2 * len(lens), 256))
 
     @contextmanager
     def running(self, lens: list[int], count: int, temperature: float):
@@ -73,12 +73,13 @@ class TransformersContinuous(Peer):
         from transformers import ContinuousBatchingConfig, GenerationConfig
         from transformers.generation.continuous_batching.utils import WorkloadHints
 
-        blocks = sum(-(-(length + count) // BLOCK_SIZE) + 1 for length in lens)
+        blocks = sum(-(-(length + count) // BLOCK_SIZE) for length in lens)
         draws = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         config = ContinuousBatchingConfig(
             block_size=BLOCK_SIZE,
-            num_blocks=blocks + blocks // 3 + 4,  # its scheduler takes no new request while under 15% are free
-            max_batch_tokens=max(self.token_budget(lens), len(lens)),
+            num_blocks=blocks + 4,
+            safety_margin=0.0,  # or no request begins while under 15% of the blocks are free
+            max_batch_tokens=self.token_budget(lens),
             allow_block_sharing=False,
             use_cuda_graph=True if self.setting.device == "cuda" else None,
         )

@@ -101,7 +101,10 @@ class Naive(Peer):
 
             q_THD = q_THD.contiguous()
             if len(q_THD) > 1:
-                return flashinfer.single_prefill_with_kv_cache(q_THD, k_NKD, v_NKD, causal=True, sm_scale=scale)
+                # Its fa3 kernels take minutes to compile, and no prefill is timed.
+                return flashinfer.single_prefill_with_kv_cache(
+                    q_THD, k_NKD, v_NKD, causal=True, sm_scale=scale, backend="fa2"
+                )
             return flashinfer.single_decode_with_kv_cache(q_THD[0], k_NKD, v_NKD, sm_scale=scale)[None]
         q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q_THD, k_NKD, v_NKD))
         attended = F.scaled_dot_product_attention(

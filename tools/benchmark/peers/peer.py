@@ -18,14 +18,14 @@ class Setting:
     """What every peer is made for.
 
     Attributes:
-        shape: config of the model.
+        shape: path of the model's config.
         device: "cuda" or "cpu".
         max_batch: rows of its largest batch.
         max_len: tokens of its longest request, prompt and generated.
         compile: compile where the peer can; None for what its authors advise on this device.
     """
 
-    shape: Path
+    shape: str
     device: str
     max_batch: int
     max_len: int
@@ -37,7 +37,7 @@ class Setting:
 
     def model(self, attention: str | None = None):
         """The random model, the same for all; `attention` as in `random_model`."""
-        return random_model(self.shape, self.dtype, self.device, attention)
+        return random_model(Path(self.shape), self.dtype, self.device, attention)
 
 
 class Peer:

@@ -8,6 +8,7 @@ Prints a table, and one JSON document as the last line (and into `--json PATH`).
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -95,11 +96,19 @@ def main(
     commit: Annotated[str | None, typer.Option(help="The commit, where there is no git to ask.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the document there too.")] = None,
     plot_path: Annotated[Path | None, typer.Option("--plot", help="decode, step: draw it there.")] = None,
+    draw: Annotated[Path | None, typer.Option(help="Only draw this JSON document, into --plot.")] = None,
     page: Annotated[Path | None, typer.Option(help="Only write this page, from the JSON files beside it.")] = None,
 ) -> None:
     """Measures graphattn, after its results were found right."""
     if page is not None:
         return write_page(page)
+    if draw is not None:
+        if plot_path is None:
+            raise typer.BadParameter("--draw needs --plot, where to draw")
+        document = json.loads(draw.read_text())
+        if document["workload"] not in PLOTTED:
+            raise typer.BadParameter(f"{draw} is of {document['workload']}: there are plots of {' and '.join(PLOTTED)}")
+        return plot(document, plot_path)
     if workload not in WORKLOADS:
         raise typer.BadParameter(f"workload {workload!r}: choose {', '.join(WORKLOADS)}")
     peers = chosen_peers(against)

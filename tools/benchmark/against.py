@@ -32,7 +32,11 @@ def run_peer(name: str, job: dict, timeout_s: int) -> dict:
         `name`, and `reason` (why it cannot run here), `error` (how it failed) or `rows` of what was measured, each row
         again with a `reason` or an `error` or figures.
     """
-    if (reason := PEERS[name].reason(Setting(**job["setting"]))) is not None:
+    kind = PEERS[name]
+    reason = kind.reason(Setting(**job["setting"]))
+    if reason is None and job["workload"] == "nano" and not kind.serves:
+        reason = "it serves no queue of requests, only batches that begin together"
+    if reason is not None:
         return {"name": name, "attention_path": None, "reason": reason, "rows": []}
     with TemporaryDirectory() as folder:
         job_path, result_path = Path(folder, "job"), Path(folder, "result")

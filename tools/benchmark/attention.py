@@ -62,17 +62,23 @@ class Chain:
     def __call__(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         x = self.x[: len(token_ids)]
         for attention, weights in zip(self.attention, self.weights, strict=True):
-            q, k, v = self.project(x, weights[0])
-            q = attention(q, k, v) if self.attends else q
-            x = q.reshape(len(x), -1) @ weights[1]
-            gate_up = x @ weights[2]
+            qkv = x @ weights[0]
+            if self.attends:
+                attended = attention(*self.heads_of(qkv)).flatten(1)
+            else:
+                attended = qkv[:, : weights[1].shape[0]]  # a view, which a GEMM reads without a copy
+            gate_up = attended @ weights[1] @ weights[2]
             x = gate_up[:, : gate_up.shape[1] // 2] @ weights[3]
         return x
 
-    def project(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_of(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q `[N, heads, head_dim]`, k and v `[N, kv_heads, head_dim]`."""
-        qkv = (x @ weight).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim))
+        qkv = qkv.unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim))
         return qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+
+    def first_heads(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first layer's attention is given."""
+        return self.heads_of(self.x[:num_rows] @ self.weights[0][0])
 
 
 class Pages:
@@ -144,12 +150,12 @@ def check(chain: Chain, pages: Pages, device: str, backend: str) -> dict:
     """The first layer's output against float32 attention over the same keys and values, plain torch's error beside."""
 
     def first_layer(token_ids: Tensor, positions: Tensor) -> Tensor:
-        return chain.attention[0](*chain.project(chain.x[: len(token_ids)], chain.weights[0][0]))
+        return chain.attention[0](*chain.first_heads(len(token_ids)))
 
     runner = pages.runner(first_layer, device, backend)
     out_NHD = runner.run([0] * len(pages.lens), pages.lens, pages.page_lists).clone()
     runner.close()
-    q_NHD = chain.project(chain.x[: len(pages.lens)], chain.weights[0][0])[0]
+    q_NHD = chain.first_heads(len(pages.lens))[0]
     k_cache, v_cache = pages.layers[0]
     errors: dict[str, list[float]] = {"ours": [], "plain": []}
     for row, (length, table) in enumerate(zip(pages.lens, pages.tables, strict=True)):
@@ -210,5 +216,6 @@ def _one(
         "gemms_us_per_layer": alone / num_layers,
         "step_us": quantile(times, 0.5),
         "launch_us": launch,
+        "is_host_bound": device == "cuda" and launch > quantile(times, 0.5),
         "backend_check": checked,
     }

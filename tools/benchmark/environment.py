@@ -38,23 +38,30 @@ def package_version(package: str) -> str | None:
 
 
 def clocks(device: str) -> dict | None:
-    """SM and memory clock in MHz, power in W and temperature in C as NVML has them now; None without NVML."""
+    """SM and memory clock in MHz, power in W and temperature in C as NVML has them now.
+
+    None on a CPU and without nvidia-ml-py; a reading that fails is None, with an `error` beside.
+    """
     nvml = _nvml() if device == "cuda" else None
     if nvml is None:
         return None
-    handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
     readings = {
-        "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-        "memory_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-        "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-        "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+        "sm_mhz": lambda handle: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+        "memory_mhz": lambda handle: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+        "power_w": lambda handle: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+        "temperature_c": lambda handle: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
     }
-    found = {}
+    found: dict = dict.fromkeys(readings)
+    try:
+        # By UUID: NVML's indices ignore CUDA_VISIBLE_DEVICES.
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    except nvml.NVMLError as error:
+        return found | {"error": f"{type(error).__name__}: {error}"}
     for name, read in readings.items():
         try:
-            found[name] = read()
+            found[name] = read(handle)
         except nvml.NVMLError as error:
-            found[name] = f"{type(error).__name__}: {error}"
+            found["error"] = f"{name}: {type(error).__name__}: {error}"
     return found
 
 

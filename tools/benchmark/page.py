@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .against import case_of, comparison
 from .published import published
+from .report import attention_figure
 
 FOLDER = "benchmarks"
 INTRO = """# Benchmarks
@@ -142,8 +143,7 @@ def _attention(document: dict) -> str:
     def figure(found: dict) -> str:
         if "error" in found:
             return found["error"].splitlines()[0]
-        us = found["us_per_layer"]
-        return f"{us['p50']:.1f} ({us['p20']:.1f} to {us['p80']:.1f})"
+        return attention_figure(found)
 
     text = "Microseconds per layer; in brackets p20 to p80.\n"
     head = ["rows x context", "bytes / copy rate", *names]

@@ -33,11 +33,12 @@ def plot(document: dict, path: Path) -> None:
 
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9, 5.6), layout="constrained")
+        figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))  # the line below gets the rest
         {"decode": _decode, "step": _step}[document["workload"]](axes, document)
         environment = document["environment"]
         figure.text(
             0.995,
-            0.005,
+            0.01,
             f"{document['model']['shape']}, {document['model']['dtype'].removeprefix('torch.')}; "
             f"{environment['device']}; torch {environment['torch']}; commit {str(environment['commit'])[:7]}",
             ha="right",

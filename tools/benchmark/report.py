@@ -36,6 +36,13 @@ def peers_table(document: dict) -> Table:
     return table
 
 
+def attention_figure(found: dict) -> str:
+    """What one backend adds to a layer."""
+    us = found["us_per_layer"]
+    said = f"{us['p50']:.1f} ({us['p20']:.1f} to {us['p80']:.1f})"
+    return f"{said}, bound by the host" if found["is_host_bound"] else said
+
+
 def attention_table(rows: list[dict]) -> Table:
     """Microseconds per layer that attention adds, by backend."""
     names = list(rows[0]["backends"])
@@ -46,8 +53,7 @@ def attention_table(rows: list[dict]) -> Table:
             if "error" in found:
                 figures.append(found["error"].splitlines()[0][:60])
                 continue
-            us = found["us_per_layer"]
-            figures.append(f"{us['p50']:.1f} ({us['p20']:.1f} to {us['p80']:.1f})")
+            figures.append(attention_figure(found))
             gemms = f"{found['gemms_us_per_layer']:.1f}"
         table.add_row(row["case"], f"{row['floor_us']:.1f}", *figures, gemms)
     return table

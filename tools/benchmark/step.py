@@ -19,7 +19,7 @@ from .timing import spread, wait
 
 TOP = 20  # kernels listed
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the trace
-WAITS = ("cudaEventSynchronize", "cudaStreamSynchronize", "cudaDeviceSynchronize")
+WAITS = ("cudaEventSynchronize", "cudaStreamSynchronize")  # what waits for the whole device is ours
 
 
 def steps_needed(steps: int) -> int:
@@ -100,6 +100,7 @@ def _device_share(found: dict, steps: int, num_layers: int) -> dict:
         "busy_us": busy / steps,
         "idle_share": 1 - busy / (end - kernels[0]["ts"]),
         "host_us": max(0.0, found["seconds"] * 1e6 - waited) / steps,
+        "waited_us": waited / steps,
         "top": _top([(name, len(times), sum(times)) for name, times in totals.items()], steps, num_layers),
     }
 
@@ -110,6 +111,7 @@ def _operators(found: dict, steps: int, num_layers: int) -> dict:
         "busy_us": None,
         "idle_share": None,
         "host_us": found["seconds"] * 1e6 / steps,
+        "waited_us": None,
         "top": _top(found["operators"], steps, num_layers),
     }
 

@@ -50,8 +50,6 @@ def attempt(call, *arguments) -> dict:
     """What the call found, or how it failed."""
     try:
         return call(*arguments)
-    except NotImplementedError as error:
-        return {"reason": str(error)}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:

@@ -19,6 +19,7 @@ class TransformersContinuous(Peer):
     """On flash attention 3 or 2 where that is installed, else on sdpa; with CUDA graphs on CUDA."""
 
     name = "transformers-cb"
+    serves = True
     packages = ("transformers", "flash-attn", "flash-attn-3")
 
     def __init__(self, setting: Setting):
@@ -33,8 +34,8 @@ class TransformersContinuous(Peer):
         budget = self.token_budget(lens)
         # Rows that decode have their part of each step's tokens.
         count = tokens_each(lens, tokens, prefill_tokens=max(1, budget - len(lens)))
-        with self.running(lens, count, temperature=0.0) as manager:
-            self.collect(manager, manager.add_requests(prompts, max_new_tokens=4))
+        with self.running(lens, [count] * len(lens), temperature=0.0) as manager:
+            self.collect(manager, manager.add_requests(prompts[:2], max_new_tokens=4))
             ids = manager.add_requests(prompts, max_new_tokens=count, record_timestamps=True)
             outputs = self.collect(manager, ids)
         latest = max(outputs, key=lambda output: output.timestamps[0])
@@ -52,29 +53,36 @@ class TransformersContinuous(Peer):
 
     def serve(self, prompts: list[list[int]], counts: list[int], temperature: float) -> tuple[int, float]:
         lens = [len(prompt) for prompt in prompts]
-        with self.running(lens, max(counts), temperature) as manager:
-            self.collect(manager, manager.add_requests(prompts[:8], max_new_tokens=4))
+        with self.running(lens, counts, temperature) as manager:
+            # It captures a graph when a size first comes, so only a whole run is a warm-up.
+            self.run_all(manager, prompts, counts)
             started = time.perf_counter()
-            ids = [
-                manager.add_request(prompt, max_new_tokens=count, eos_token_id=-1)
-                for prompt, count in zip(prompts, counts, strict=True)
-            ]
-            outputs = self.collect(manager, ids)
+            outputs = self.run_all(manager, prompts, counts)
             seconds = time.perf_counter() - started
         return sum(len(output.generated_tokens) for output in outputs), seconds
+
+    def run_all(self, manager, prompts: list[list[int]], counts: list[int]) -> list:
+        """Outputs of all prompts, sent at once."""
+        ids = [
+            manager.add_request(prompt, max_new_tokens=count, eos_token_id=-1)
+            for prompt, count in zip(prompts, counts, strict=True)
+        ]
+        return self.collect(manager, ids)
 
     def token_budget(self, lens: list[int]) -> int:
         """Tokens that a step may hold."""
         return min(MASKED_TOKENS if self.is_masked else PREFILL_TOKENS, max(sum(lens), 2 * len(lens), 256))
 
     @contextmanager
-    def running(self, lens: list[int], count: int, temperature: float):
-        """A warmed-up manager of transformers, sized for rows of `lens` prompt tokens that generate `count` each."""
+    def running(self, lens: list[int], counts: list[int], temperature: float):
+        """A warmed-up manager of transformers, sized for rows of `lens` prompt tokens that generate `counts`."""
         from transformers import ContinuousBatchingConfig, GenerationConfig
         from transformers.generation.continuous_batching.utils import WorkloadHints
 
-        blocks = sum(-(-(length + count) // BLOCK_SIZE) for length in lens)
-        draws = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        blocks = sum(-(-(length + count) // BLOCK_SIZE) for length, count in zip(lens, counts, strict=True))
+        draws = {"do_sample": False}
+        if temperature:
+            draws = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         config = ContinuousBatchingConfig(
             block_size=BLOCK_SIZE,
             num_blocks=blocks + 4,
@@ -84,9 +92,9 @@ class TransformersContinuous(Peer):
             use_cuda_graph=True if self.setting.device == "cuda" else None,
         )
         with self.model.continuous_batching_context_manager(
-            generation_config=GenerationConfig(eos_token_id=-1, pad_token_id=0, max_new_tokens=count, **draws),
+            generation_config=GenerationConfig(eos_token_id=-1, pad_token_id=0, max_new_tokens=max(counts), **draws),
             continuous_batching_config=config,
-            workload_hints=WorkloadHints(max(lens), count, len(lens)),
+            workload_hints=WorkloadHints(max(lens), max(counts), len(lens)),
             timeout=60,
         ) as manager:
             self.attention_path = self.path(manager)
@@ -98,7 +106,7 @@ class TransformersContinuous(Peer):
         said = f"{self.model.config._attn_implementation}, CUDA graphs (varlen, decode) {config.use_cuda_graph}"
         said += f", block table {'on' if config.max_blocks_per_request else 'off'}"
         said += f", asynchronous {config.use_async_batching}, {config.max_batch_tokens} tokens a step"
-        if self.is_masked and self.setting.device == "cuda":
+        if self.setting.device == "cuda" and "flash_attention_3" not in said:
             said += "; flash attention 3 is not installed: compare with the published figures, which have it"
         return said
 

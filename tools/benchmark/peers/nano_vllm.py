@@ -16,6 +16,7 @@ class NanoVllm(Peer):
     """nano-vLLM's engine, stepped by hand. It serves Qwen 3 only, and prefills every request before it decodes any."""
 
     name = "nano-vllm"
+    serves = True
     packages = ("nano-vllm", "flash-attn")
 
     def __init__(self, setting: Setting):

@@ -50,12 +50,14 @@ class Peer:
         name: as `--against` takes it.
         packages: whose versions are recorded.
         even_rows_only: whether it needs prompts of one length.
+        serves: whether it has `serve`, which takes requests that need not begin together.
         attention_path: what computes its attention, known once it ran.
     """
 
     name: str
     packages: tuple[str, ...] = ("transformers",)
     even_rows_only = False
+    serves = False
 
     def __init__(self, setting: Setting):
         self.setting, self.attention_path = setting, None
@@ -72,7 +74,7 @@ class Peer:
 
     def serve(self, prompts: list[list[int]], counts: list[int], temperature: float) -> tuple[int, float]:
         """Generates `counts[i]` tokens for each prompt, all sent at once; returns how many came, and seconds."""
-        raise NotImplementedError(f"{self.name} serves no queue of requests, only batches that begin together")
+        raise NotImplementedError(f"{self.name} serves no queue of requests")
 
     def close(self) -> None:
         """Gives back what it holds."""

@@ -16,6 +16,7 @@ class Vllm(Peer):
     """vLLM's engine, stepped by hand, with its defaults but for the prefix cache and the sizes."""
 
     name = "vllm"
+    serves = True
     packages = ("vllm",)
 
     def __init__(self, setting: Setting):
@@ -26,6 +27,7 @@ class Vllm(Peer):
         self._llm = LLM(
             model=self._folder.name,
             skip_tokenizer_init=True,
+            dtype=str(setting.dtype).removeprefix("torch."),
             max_model_len=setting.max_len,
             max_num_seqs=setting.max_batch,
             max_num_batched_tokens=max(PREFILL_TOKENS, setting.max_len),

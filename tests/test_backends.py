@@ -271,6 +271,31 @@ def test_flashinfer_plan_that_is_interrupted_is_made_again(monkeypatch) -> None:
         check(rows, torch.ops.graphattn.attend(*rows.packed, *rows.cache.layers[0], 0), floor=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_norm", [False, True], ids=["rotated", "normed and rotated"])
+def test_norm_and_rotation_before_prefill(has_norm: bool) -> None:
+    """Strided rows of a merged projection, head counts that are no power of two, positions up to a million."""
+    from graphattn.kernels.rotate import rotate
+
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(700, (9 + 3 + 3) * 64, generator=generator).bfloat16().cuda()
+    q, k, _ = (x.unflatten(1, (-1, 64)) for x in qkv.split([9 * 64, 3 * 64, 3 * 64], dim=1))
+    positions = torch.randint(0, 1 << 20, (700,), generator=generator, dtype=torch.int32).cuda()
+    weights = [torch.rand(64, generator=generator).add(0.5).bfloat16().cuda() for _ in "qk"]
+    inv_freq = 1e6 ** (-torch.arange(0, 64, 2, device="cuda") / 64)
+    rotary, exact = (
+        Rotary(inv_freq, 1.2, *([weight.to(dtype) for weight in weights] if has_norm else [None, None]), 1e-6)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    found = (
+        rotate(rotary, q, k, positions),
+        rotary.rotate(q, k, positions),
+        exact.rotate(q.float(), k.float(), positions),
+    )
+    for ours, plain, right in zip(*found, strict=True):
+        assert_close(ours, plain, right, floor=1e-3)
+
+
 def test_a_plan_for_another_cache_is_refused() -> None:
     rows = DenseRows(spec_of("group 2", 8), [4], [1], page_size=16, dtype=torch.float32, device="cpu")
     other = DenseRows(rows.spec, [4], [1], page_size=16, dtype=torch.float32, device="cpu", layout="HND")

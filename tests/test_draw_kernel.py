@@ -25,7 +25,8 @@ from graphattn.kernels.draw import draw_gumbel, upload_rows  # noqa: E402
 INF = math.inf
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-runs = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETS, reason="runs inside test_in_the_interpreter")
+IN_INTERPRETER = pytest.mark.skipif(not INTERPRETS, reason="runs inside test_in_the_interpreter")
+runs = pytest.mark.gpu if DEVICE == "cuda" else IN_INTERPRETER
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of inf and nan in the interpreter
 MIXED = ({"temperature": 0}, {}, {"temperature": 0.7, "min_p": 0.05}, {"top_k": 1}, {"temperature": 2.0, "min_p": 1e-4})
 

@@ -121,7 +121,7 @@ def test_a_compiled_step_has_one_gemm_per_group_and_compiles_twice(family: str, 
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", counting)
     torch._dynamo.reset()
     model = tiny(family)
-    plain, compiled = ModelStep(model, compile=False), ModelStep(model, compile=True)
+    plain, compiled = ModelStep(model, compile=False, max_batch=8), ModelStep(model, compile=True, max_batch=8)
     steps = [(ids(size), torch.arange(size)) for size in (8, 4, 2, 1, 6)]
     expected = [plain(*step)[0] for step in steps]
     merged = MergedProjections(model)

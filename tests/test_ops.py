@@ -177,7 +177,7 @@ def test_transformers_step_compiles_twice(family: str) -> None:
     binding.bind(held)
     state = StepState(max_batch=8, max_seq_len=64, page_size=16, groups=[binding.spec], device="cpu")
     planner, pool = Planner([binding.spec], cache, "cpu"), PagePool(64)
-    plain, compiled = ModelStep(binding.model, compile=False), ModelStep(binding.model, compile=True)
+    plain, compiled = (ModelStep(binding.model, compile=compile, max_batch=8) for compile in (False, True))
     sizes = (8, 4, 2, 1, 6)
     expected = list(steps(plain, state, planner, pool, sizes))
     for (logits, ids), (plain_logits, _) in zip(steps(compiled, state, planner, pool, sizes), expected, strict=True):
@@ -201,7 +201,7 @@ def test_compiled_models_do_not_share_dynamos_limit_and_go_when_dropped(monkeypa
         cache = CacheSpec(num_pages=8, dtype=torch.float32)
         binding.bind(KVCache(1, binding.spec, cache, "cpu"))
         state = StepState(max_batch=2, max_seq_len=16, page_size=16, groups=[binding.spec], device="cpu")
-        step = ModelStep(binding.model, compile=True)
+        step = ModelStep(binding.model, compile=True, max_batch=8)
         list(steps(step, state, Planner([binding.spec], cache, "cpu"), PagePool(8), (2, 1)))
         assert step.num_compiles == 2
         alive.append(weakref.ref(binding.model))

@@ -17,7 +17,8 @@ pytest.importorskip("triton", reason="needs Triton, which comes with torch for C
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-runs = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETS, reason="runs inside test_in_the_interpreter")
+IN_INTERPRETER = pytest.mark.skipif(not INTERPRETS, reason="runs inside test_in_the_interpreter")
+runs = pytest.mark.gpu if DEVICE == "cuda" else IN_INTERPRETER
 SPEC = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=64)
 
 

@@ -5,7 +5,6 @@ Suffix letters: N tokens (one a row), H query heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -43,8 +42,6 @@ class FusedBackend:
             reasons.append(f"head_dim {spec.head_dim}: its decode kernel is for {' and '.join(map(str, HEAD_DIMS))}")
         if spec.group_size > MAX_GROUP_SIZE:
             reasons.append(f"{spec.group_size} query heads share a kv head: its decode kernel takes {MAX_GROUP_SIZE}")
-        if find_spec("triton") is None:
-            reasons.append("Triton is not installed: pip install triton (torch's CUDA builds bring it)")
         return reasons
 
     def decode_plan(self, state: StepState, bucket: int) -> Plan:

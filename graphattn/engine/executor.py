@@ -25,7 +25,7 @@ from .draws import RowDraws
 from .flight import Flight
 from .request import Request
 from .scheduler import Chunk
-from .step import ModelStep, last_logits
+from .step import ModelStep
 
 DECODED, PREFILLED = 0, 1  # the rows of `StepState.drawn`
 
@@ -60,7 +60,7 @@ class Executor:
         )
         self._draws = RowDraws(self.state.drawn[DECODED], max_batch=ladder.max, dtype=self.model.dtype)
         self._rows: list[Request] = []  # who decoded where in the last step
-        self.step = ModelStep(self.model, compile=compile, draw=self._draws)
+        self.step = ModelStep(self.model, compile=compile, max_batch=ladder.max, draw=self._draws)
         self.runner = DecodeRunner(
             self.step, self.state, self.planner, ladder=ladder, enforce_eager=enforce_eager, capture=capture
         )
@@ -109,7 +109,7 @@ class Executor:
             last = batch.qo_indptr_B1[-1:].long() - 1  # its logits are computed for nobody
         self._prefill_plan.plan(batch)
         with torch.no_grad(), active_plans(self._prefill_plan.groups):
-            logits_RV = last_logits(self.model, batch.token_ids_N, batch.positions_N, self._upload(last))
+            logits_RV = self.step.logits(batch.token_ids_N, batch.positions_N, self._upload(last))
         for chunk in chunks:
             chunk.request.computed(chunk.num_tokens)
         drawn = [chunk.request for chunk in chunks if chunk.request.num_pending == 0]

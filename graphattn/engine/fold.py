@@ -36,7 +36,7 @@ def fold(module: GraphModule, suits: Callable[[Tensor], bool]) -> int:
     """
     count = 0
     for node in list(module.graph.nodes):
-        if node.target is not F.linear or not suits(_value(node.args[1])):
+        if node.target is not F.linear or len(node.args) < 2 or not suits(_value(node.args[1])):
             continue
         x, weight, *bias = node.args
         bias = bias[0] if bias else node.kwargs.get("bias")

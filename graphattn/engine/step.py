@@ -26,54 +26,82 @@ class ModelStep:
 
     Args:
         model: the model, its attention on graphattn's layer.
-        compile: compile with Inductor, `fullgraph=True`: once for batch 1 and once for every size from 2.
+        compile: compile with Inductor, `fullgraph=True`: once for one token and once for any number from 2, which
+            serves prefill too.
+        max_batch: rows of the largest decode step.
         draw: called with the logits `[B, vocabulary]` and the positions `[B]`, returns ids `[B]`; never compiled.
     """
 
-    def __init__(self, model: nn.Module, *, compile: bool, draw: Draw = most_likely):
+    def __init__(self, model: nn.Module, *, compile: bool, max_batch: int, draw: Draw = most_likely):
         self.compile, self._draw = compile, draw
-        self._graphs: list[str] = []
+        self._graphs: list[int] = []
         self._forward = _compiled(model, self._graphs) if compile else _step_of(model)
+        self._all_B = torch.arange(max_batch, device=model.device)
 
     @property
     def num_compiles(self) -> int:
         """Graphs compiled so far."""
         return len(self._graphs)
 
+    @property
+    def num_folded(self) -> int:
+        """Linears of the compiled step that are ours where rows are few."""
+        return max(self._graphs, default=0)
+
     def __call__(self, token_ids_B: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor]:
         """Returns logits `[B, vocabulary]` and the ids drawn `[B]`."""
-        if self.compile and len(token_ids_B) > 1:
-            torch._dynamo.mark_dynamic(token_ids_B, 0)
-            torch._dynamo.mark_dynamic(positions_B, 0)
-        logits_BV = self._forward(token_ids_B, positions_B)
+        all_B = self._all_B[: len(token_ids_B)] if self.compile else None
+        logits_BV = self.logits(token_ids_B, positions_B, all_B)
         return logits_BV, self._draw(logits_BV, positions_B)
 
+    def logits(self, token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor | None) -> Tensor:
+        """Logits after tokens `last_R` (int64) of the row, `[R, vocabulary]`; after all for None, if not compiled."""
+        if len(token_ids_N) == 1:
+            return self._forward(token_ids_N, positions_N, None)
+        if not self.compile:
+            return self._forward(token_ids_N, positions_N, last_R)
+        num_rows = len(last_R)
+        if num_rows == 1:
+            last_R = torch.cat((last_R, last_R))  # a size of 1 would be compiled anew
+        for tensor in (token_ids_N, positions_N, last_R):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        # Decode steps are as long as they have rows; prefill is not, and the graph must not hold them to be the same.
+        with torch.fx.experimental._config.patch(use_duck_shape=False):
+            return self._forward(token_ids_N, positions_N, last_R)[:num_rows]
 
-def last_logits(model: nn.Module, token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor) -> Tensor:
-    """Logits after tokens `last_R` of a packed row, `[R, vocabulary]`."""
-    inputs = {"input_ids": token_ids_N[None], "position_ids": positions_N[None], "use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(**inputs, logits_to_keep=last_R).logits[0]
-    return model(**inputs).logits[0, last_R]
+
+def last_logits(model: nn.Module, token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor | None) -> Tensor:
+    """Logits after tokens `last_R` of a packed row, `[R, vocabulary]`; after all of them for None."""
+    return _step_of(model)(token_ids_N, positions_N, last_R)
 
 
-def _step_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    def step(token_ids_B: Tensor, positions_B: Tensor) -> Tensor:
-        return model(input_ids=token_ids_B[None], position_ids=positions_B[None], use_cache=False).logits[0]
+def _step_of(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def step(token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor | None) -> Tensor:
+        inputs = {"input_ids": token_ids_N[None], "position_ids": positions_N[None], "use_cache": False}
+        if last_R is None:
+            return model(**inputs).logits[0]
+        if keeps:
+            return model(**inputs, logits_to_keep=last_R).logits[0]
+        return model(**inputs).logits[0, last_R]
 
     return step
 
 
-def _compiled(model: nn.Module, graphs: list[str]) -> Callable[[Tensor, Tensor], Tensor]:
+def _compiled(model: nn.Module, graphs: list[int]) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     def backend(graph: torch.fx.GraphModule, inputs: list):
+        from torch._inductor import config as inductor
         from torch._inductor.compile_fx import compile_fx
 
-        graphs.append(f"{len(graph.graph.nodes)} nodes")
+        folded = 0
         if find_spec("triton") is not None:
             from ..kernels.linear import suits
 
-            fold(graph, suits)
-        return compile_fx(graph, inputs, config_patches=_CHAINED)
+            folded = fold(graph, suits)
+        graphs.append(folded)
+        with inductor.patch(_CHAINED):
+            return compile_fx(graph, inputs)
 
     step = _step_of(model)
     # Dynamo keeps what it compiled with the code object, for as long as that lives and up to a limit. Models share no

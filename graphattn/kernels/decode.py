@@ -13,30 +13,12 @@ import triton
 import triton.language as tl
 
 from .chain import follow
+from .rotate import cos_sin, rotated
 
 
 @triton.jit
 def _cap(scores, softcap):
     return softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)
-
-
-@triton.jit
-def _cos_sin(angle, FAST: tl.constexpr):
-    """Cosine and sine, within 1e-6 up to angles of a million: whole turns are taken off, in three parts of 2 pi."""
-    turns = tl.floor(angle * 0.15915494309189535 + 0.5)
-    angle = tl.fma(-turns, 6.28125, angle)
-    angle = tl.fma(-turns, 1.9340515136718750e-3, angle)
-    angle = tl.fma(-turns, 1.2556659146e-6, angle)
-    if not FAST:
-        return tl.cos(angle), tl.sin(angle)
-    # The exact ones bring code for angles of any size, more than all the rest of the kernel.
-    asm: tl.constexpr = "{ cos.approx.f32 $0, $2; sin.approx.f32 $1, $2; }"
-    return tl.inline_asm_elementwise(asm, "=f,=f,f", [angle], (tl.float32, tl.float32), is_pure=True, pack=1)
-
-
-@triton.jit
-def _rotated(low, high, cos, sin):
-    return low * cos - high * sin, high * cos + low * sin
 
 
 @triton.jit
@@ -154,7 +136,7 @@ def decode_kernel(
         caches, strides = (k_cache, v_cache, indices + pages_at), (stride_page, stride_slot)
         head_at = head * stride_head
         if HAS_ROTARY:
-            cos, sin = _cos_sin((length - 1).to(tl.float32) * tl.load(inv_freq + d), CHAINED)
+            cos, sin = cos_sin((length - 1).to(tl.float32) * tl.load(inv_freq + d), CHAINED)
             cos, sin = cos * rotary_scaling, sin * rotary_scaling
         if EAGER:
             next_KL, next_KH, next_VL, next_VH = _tokens(*caches, begin + n, end, head_at, *strides, d, PAGE)
@@ -170,7 +152,7 @@ def decode_kernel(
                 unit = tl.rsqrt(square / DIM + eps)
                 wide_L = wide_L * unit[:, None] * tl.load(q_weight + d).to(tl.float32)[None, :]
                 wide_H = wide_H * unit[:, None] * tl.load(q_weight + HALF + d).to(tl.float32)[None, :]
-            wide_L, wide_H = _rotated(wide_L, wide_H, cos[None, :], sin[None, :])
+            wide_L, wide_H = rotated(wide_L, wide_H, cos[None, :], sin[None, :])
             q_GL, q_GH = wide_L.to(q.dtype.element_ty), wide_H.to(q.dtype.element_ty)
         best = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -184,7 +166,7 @@ def decode_kernel(
                     unit_k = tl.rsqrt((tl.sum(wide_l * wide_l, 0) + tl.sum(wide_h * wide_h, 0)) / DIM + eps)
                     wide_l = wide_l * unit_k * tl.load(k_weight + d).to(tl.float32)
                     wide_h = wide_h * unit_k * tl.load(k_weight + HALF + d).to(tl.float32)
-                wide_l, wide_h = _rotated(wide_l, wide_h, cos, sin)
+                wide_l, wide_h = rotated(wide_l, wide_h, cos, sin)
                 k_L, k_H = wide_l.to(k_cache.dtype.element_ty), wide_h.to(k_cache.dtype.element_ty)
             page = tl.load(indices + pages_at + (length - 1) // PAGE).to(tl.int64)
             slot = page * stride_page + ((length - 1) % PAGE) * stride_slot + head * stride_head

@@ -65,7 +65,7 @@ def linear(
     num_out = num_out // 2 if gated else num_out
     x_MK = _rows(x)
     out = torch.empty((*x.shape[:-1], num_out), dtype=x.dtype, device=x.device)
-    launch = _launch(len(x_MK), num_out, gated)
+    launch, chained = _launch(len(x_MK), num_out, gated), is_chained(x.device)
     with torch.cuda.device_of(x):
         launch.kernel[(num_out // launch.block_out,)](
             x_MK,
@@ -85,9 +85,9 @@ def linear(
             BLOCK_IN=launch.block_in,
             WARPS=launch.warps,
             GATED=gated,
-            CHAINED=True,
+            CHAINED=chained,
             num_warps=launch.warps,
-            launch_pdl=True,
+            launch_pdl=chained,
         )
     return out
 

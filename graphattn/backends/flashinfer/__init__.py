@@ -41,6 +41,8 @@ class FlashInferBackend:
                 reasons.append(str(error))
             except Exception as error:  # a broken install raises whatever its libraries do
                 reasons.append(f"importing it failed: {type(error).__name__}: {error}")
+        if find_spec("triton") is None:
+            reasons.append("Triton is not installed: pip install triton (torch's CUDA builds bring it)")
         if spec.head_dim not in HEAD_DIMS:
             reasons.append(f"head_dim {spec.head_dim}: it has kernels for {', '.join(map(str, HEAD_DIMS))}")
         if cache.dtype not in (torch.bfloat16, torch.float16):

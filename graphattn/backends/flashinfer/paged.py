@@ -43,7 +43,9 @@ class PagedPlan:
         rotary: Rotary | None = None,
     ) -> Tensor:
         if rotary is not None:
-            q_NHD, k_NKD = rotary.rotate(q_NHD, k_NKD, self._positions_N)
+            from ...kernels.rotate import rotate
+
+            q_NHD, k_NKD = rotate(rotary, q_NHD, k_NKD, self._positions_N)
         csr, pages = self._csr, (k_cache, v_cache)
         table = (csr.indices_P, csr.indptr_B1, csr.last_page_len_B)
         append_paged_kv_cache(k_NKD, v_NKD, self._rows_N, self._positions_N, pages, *table, kv_layout=self._layout)

@@ -1,0 +1,120 @@
+"""Norms, gates and residuals are folded into linears where that changes nothing, and left alone elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphattn.engine.fold import fold
+
+
+def folded(forward, *inputs: Tensor, suits=lambda weight: True) -> list[tuple]:
+    """What linears of the compiled forward fold in, as (bias, norm, gated, residual); checks that results are equal."""
+    found: list[tuple] = []
+
+    def backend(graph, _):
+        fold(graph, suits)
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.graphattn.linear.default:
+                _, _, bias, norm, _, gated, residual = node.args
+                found.append((bias is not None, norm is not None, gated, residual is not None))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = forward(*inputs)
+        ours = torch.compile(forward, backend=backend, fullgraph=True)(*inputs)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    return found
+
+
+def norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def weights() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(*shape, generator=generator) / 8 for shape in ((64, 64), (128, 64), (64,), (64,))]
+
+
+@pytest.mark.parametrize(("family", "has_bias"), [("llama", 0), ("qwen3", 0), ("mistral", 0), ("qwen2", 1)])
+def test_models_have_all_folded(family: str, has_bias: int):
+    from graphattn.hf.merge import MergedProjections
+
+    model = tiny(family, dtype=torch.float32)
+    merged = MergedProjections(model)
+
+    def forward(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    layer = [(bool(has_bias), True, False, False), (False, False, False, True)]
+    layer += [(False, True, True, False), (False, False, False, True)]
+    assert folded(forward, torch.arange(7)[None]) == [
+        *layer,
+        *layer,
+        (False, False, False, False),
+    ]  # logits are cut between norm and head
+    merged.detach()
+
+
+def test_what_others_read_stays(x: Tensor, weights: list[Tensor]):
+    square, wide, weight, _ = weights
+
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        normed = norm(x, weight)
+        plain = F.linear(normed, square)
+        total = x + plain
+        halves = F.linear(normed, wide)
+        first, second = halves.split([64, 64], -1)
+        return normed, plain, total, F.silu(first) * second, halves
+
+    assert folded(forward, x) == [(False, True, False, False), (False, True, False, False)]
+
+
+def test_a_gate_of_other_halves_and_a_sum_that_broadcasts_stay(x: Tensor, weights: list[Tensor]):
+    square, wide, weight, row = weights
+
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        second, first = F.linear(x, wide).split([64, 64], -1)
+        thin, thick = F.linear(x, wide).split([32, 96], -1)
+        doubled = F.linear(x, square)
+        return (
+            F.silu(first) * second,
+            F.silu(thick).sum(-1) * thin.sum(-1),
+            F.linear(x, square) + row,
+            doubled + doubled,
+        )
+
+    assert folded(forward, x) == [(False, False, False, False)] * 4
+
+
+def test_norms_of_another_kind_stay(x: Tensor, weights: list[Tensor]):
+    square, _, weight, _ = weights
+
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        shifted = norm(x, 1 + weight)
+        sums = x.to(torch.float32) * torch.rsqrt(x.to(torch.float32).pow(2).sum(-1, keepdim=True) + 1e-6)
+        return (
+            F.linear(shifted, square),
+            F.linear(weight * sums.to(x.dtype), square),
+            F.linear(F.layer_norm(x, (64,)), square),
+        )
+
+    assert folded(forward, x) == [(False, True, False, False), *[(False, False, False, False)] * 2]
+
+
+def test_only_linears_that_suit(x: Tensor, weights: list[Tensor]):
+    first, second = nn.Linear(64, 64), nn.Linear(64, 96)
+    found = folded(lambda x: second(x + first(x)), x, suits=lambda weight: weight.shape[0] == 64)
+    assert found == [(True, False, False, True)]

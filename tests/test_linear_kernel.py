@@ -1,0 +1,113 @@
+"""Our linears of few rows, and the gate: on a GPU in bfloat16, in Triton's interpreter elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from dense import assert_close
+from torch import Tensor
+from torch.nn import functional as F
+
+pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
+
+IS_GPU = torch.cuda.is_available()
+DEVICE, DTYPE, EXACT = ("cuda", torch.bfloat16, torch.float32) if IS_GPU else ("cpu", torch.float32, torch.float64)
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+IN_INTERPRETER = pytest.mark.skipif(not INTERPRETS, reason="runs inside test_in_the_interpreter")
+runs = pytest.mark.gpu if IS_GPU else IN_INTERPRETER
+# norm, gated, residual, bias
+PARTS = [(0, 0, 0, 0), (1, 0, 0, 0), (1, 1, 0, 0), (0, 0, 1, 0), (0, 1, 0, 1), (1, 1, 1, 1)]
+SHAPES = [(96, 384), (32, 128), (2080, 256)] + ([(4096, 1024), (1024, 3072), (6144, 4096)] if IS_GPU else [])
+
+
+@pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    reason="Triton 3.6's interpreter takes arrays of one element for ints, which numpy 2.4 refuses",
+)
+@pytest.mark.skipif(IS_GPU or INTERPRETS, reason="the other tests run by themselves here")
+def test_in_the_interpreter():
+    """Triton reads the variable when it is first imported, and other test files have imported it by now."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    ran = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def by_torch(dtype: torch.dtype, x: Tensor, weight: Tensor, bias, norm, gated: bool, residual) -> Tensor:
+    x, weight, bias, norm, residual = (t if t is None else t.to(dtype) for t in (x, weight, bias, norm, residual))
+    if norm is not None:
+        wide = x.to(torch.promote_types(dtype, torch.float32))
+        x = norm * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(dtype)
+    out = F.linear(x, weight, bias)
+    if gated:
+        first, second = out.chunk(2, -1)
+        out = F.silu(first) * second
+    return out if residual is None else out + residual
+
+
+class TestLinear:
+    pytestmark = runs
+
+    @pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 100])
+    @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "".join(map(str, parts)))
+    def test_is_what_torch_computes(self, num_rows: int, parts: tuple[int, ...]):
+        """Through the op, which leaves many rows to cuBLAS; inputs are columns of a wider tensor."""
+        from graphattn.kernels.linear import MAX_ROWS, linear
+
+        has_norm, gated, has_residual, has_bias = parts
+        generator = torch.Generator().manual_seed(num_rows)
+        for num_out, num_in in SHAPES:
+            halves = 2 if gated else 1
+
+            def random(*shape: int) -> Tensor:
+                return torch.randn(*shape, generator=generator).to(DTYPE).to(DEVICE)
+
+            x = random(1, num_rows, num_in + 64)[..., :num_in]
+            weight = random(halves * num_out, num_in) * num_in**-0.5
+            bias = random(halves * num_out) if has_bias else None
+            norm = random(num_in) if has_norm else None
+            residual = random(1, num_rows, num_out) if has_residual else None
+            if IS_GPU:
+                ours = torch.ops.graphattn.linear(x, weight, bias, norm, 1e-6, bool(gated), residual)
+            elif num_rows <= MAX_ROWS:
+                options = {"norm_K": norm, "eps": 1e-6, "gated": bool(gated), "residual": residual}
+                ours = linear(x, weight, bias, **options)
+            else:
+                continue
+            plain, exact = (by_torch(dtype, x, weight, bias, norm, gated, residual) for dtype in (DTYPE, EXACT))
+            assert_close(ours, plain, exact, floor=1e-5)
+
+    def test_gate(self):
+        from graphattn.kernels.gate import gate
+
+        x = torch.randn(3, 2 * 1100, generator=torch.Generator().manual_seed(0)).to(DTYPE).to(DEVICE)
+        plain, exact = (F.silu(t[:, :1100]) * t[:, 1100:] for t in (x, x.to(EXACT)))
+        assert_close(gate(x), plain, exact, floor=1e-6)
+
+    @pytest.mark.skipif(not IS_GPU, reason="needs CUDA graphs")
+    def test_a_captured_chain_waits_where_it_must(self):
+        """Each launch starts before the one ahead has ended; what it reads must be what that wrote, in every replay."""
+        generator = torch.Generator(device="cuda").manual_seed(0)
+        options = {"dtype": torch.bfloat16, "device": "cuda", "generator": generator}
+        weights = [torch.randn(1024, 1024, **options) / 32 for _ in range(40)]
+        for num_rows in (1, 8):
+            start = torch.randn(num_rows, 1024, **options)
+
+            def chain(start: Tensor = start) -> Tensor:
+                x = start
+                for weight in weights:
+                    x = torch.ops.graphattn.linear(x, weight, None, None, 0.0, False, x)
+                return x
+
+            expected, graph = chain().clone(), torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                out = chain()
+            for _ in range(50):
+                out.fill_(float("nan"))
+                graph.replay()
+                assert torch.equal(out, expected)

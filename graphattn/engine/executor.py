@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..batch import ragged_batch
+from ..batch import Batch, ragged_batch
 from ..buckets import BucketLadder
 from ..cache import KVCache
 from ..draw import Sampled, sample, sample_again
@@ -16,6 +16,7 @@ from ..hf.binding import IMPLEMENTATION, Binding
 from ..layer import Attention
 from ..memory import tensor_bytes
 from ..ops import active_plans
+from ..pages import NULL_PAGE
 from ..plan import Planner
 from ..runner import DecodeRunner
 from ..sampling import RowSampling, SamplingParams
@@ -78,7 +79,7 @@ class Executor:
         ]
         self._addresses = self._read_addresses()
 
-    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
+    def capture(self, max_prefill_tokens: int, progress: Callable[[int, int], None] | None = None) -> None:
         """Prepares every bucket (or the largest, if lazily), and what draws outside them."""
         self.runner.capture(progress)
         if self.device.type == "cuda":
@@ -87,6 +88,7 @@ class Executor:
             logits = torch.zeros(1, vocab, dtype=self.model.dtype, device=self.device)
             for params in (SamplingParams(), SamplingParams(min_p=0.5), SamplingParams(top_p=0.5)):
                 sample(logits, [RowSampling(params, seed=0, position=0)])
+            self._warm_up(max_prefill_tokens)
 
     def prefill(self, chunks: Sequence[Chunk]) -> Flight | None:
         """Computes the next tokens of each request; draws one for each chunk that completes its request's tokens.
@@ -107,9 +109,7 @@ class Executor:
         last = batch.qo_indptr_B1[1:][complete].long() - 1
         if not len(last):
             last = batch.qo_indptr_B1[-1:].long() - 1  # its logits are computed for nobody
-        self._prefill_plan.plan(batch)
-        with torch.no_grad(), active_plans(self._prefill_plan.groups):
-            logits_RV = self.step.logits(batch.token_ids_N, batch.positions_N, self._upload(last))
+        logits_RV = self._logits(batch, last)
         for chunk in chunks:
             chunk.request.computed(chunk.num_tokens)
         drawn = [chunk.request for chunk in chunks if chunk.request.num_pending == 0]
@@ -199,6 +199,20 @@ class Executor:
         self.cache.layers.clear()
         self._weights, self._children, self._addresses, self._rows = [], [], [], []
         del self.planner, self.state, self._prefill_plan, self._draws, self.step
+
+    def _warm_up(self, num_tokens: int) -> None:
+        """A prefill of that many tokens, on the null page: its kernels are loaded and its memory found."""
+        length = min(num_tokens, self.state.max_seq_len)
+        num_rows, page_size = max(1, num_tokens // length), self.state.page_size
+        pages = [NULL_PAGE] * -(-length // page_size)
+        rows = ([[0] * length] * num_rows, [0] * num_rows, [[pages] * num_rows])
+        batch = ragged_batch(*rows, page_size=page_size, device=self.device)
+        self._logits(batch, batch.qo_indptr_B1[1:].long() - 1)
+
+    def _logits(self, batch: Batch, last: Tensor) -> Tensor:
+        self._prefill_plan.plan(batch)
+        with torch.no_grad(), active_plans(self._prefill_plan.groups):
+            return self.step.logits(batch.token_ids_N, batch.positions_N, self._upload(last))
 
     def _read_addresses(self) -> list[int]:
         return [tensors[name].data_ptr() for tensors, name in self._weights]

@@ -162,7 +162,7 @@ class LLM:
                 ladder=ladder,
                 max_seq_len=self.max_seq_len,
             )
-            self._executor.capture(lambda done, total: progress("capture", done, total))
+            self._executor.capture(max_prefill_tokens, lambda done, total: progress("capture", done, total))
             vocab_size = vocab_size_of(model)
         except BaseException:
             binding.detach()

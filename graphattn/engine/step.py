@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .fold import fold
 
-_CHAINED = {"triton.enable_pdl": True}  # kernels start while the one before still runs, as ours do
 Draw = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -91,7 +90,6 @@ def _step_of(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tens
 
 def _compiled(model: nn.Module, graphs: list[int]) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     def backend(graph: torch.fx.GraphModule, inputs: list):
-        from torch._inductor import config as inductor
         from torch._inductor.compile_fx import compile_fx
 
         folded = 0
@@ -100,8 +98,7 @@ def _compiled(model: nn.Module, graphs: list[int]) -> Callable[[Tensor, Tensor, 
 
             folded = fold(graph, suits)
         graphs.append(folded)
-        with inductor.patch(_CHAINED):
-            return compile_fx(graph, inputs)
+        return compile_fx(graph, inputs)
 
     step = _step_of(model)
     # Dynamo keeps what it compiled with the code object, for as long as that lives and up to a limit. Models share no

@@ -5,9 +5,9 @@ ended. It fetches what that kernel does not write, weights and page tables, and 
 writes anything else.
 
 Hazard: what the kernel right before it wrote may be read only after `follow`. What earlier ones wrote may be read at
-any time, since `follow` lets the next kernel start only once the one before has ended: that chain holds as long as
-every kernel launched so calls it. (Letting the next start any earlier was tried and is slower: waiting programs crowd
-on some multiprocessors, docs/design-notes.md.)
+any time, since `follow` lets the next kernel start only once the one before has ended. That chain holds as long as
+every kernel launched so calls it, which Inductor's do not, so its option `enable_pdl` must stay off. (Letting the next
+start any earlier was tried and is slower: waiting programs crowd on some multiprocessors, docs/design-notes.md.)
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def linear(
 
     Args:
         x: `[..., K]` bfloat16 or float16, `MAX_ROWS` rows at most in all.
-        weight_NK: `[N, K]` that `suits`.
+        weight_NK: `[N, K]` that `suits`; not written by the launch right before (`chain.py`).
         bias_N: `[N]`.
         norm_K: `[K]` weight of an RMS norm of `x` before; None for none.
         eps: of that norm.

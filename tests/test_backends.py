@@ -117,6 +117,21 @@ def test_reference_random_rows(lens, page_size, window, seed) -> None:
     check(rows, run_ragged(rows, "reference"), floor=1e-12)
 
 
+SKEWED = ([32767, *[99] * 63], [1] * 64)  # one of 32k tokens among 63 of 100
+
+
+def test_reference_skewed() -> None:
+    rows = DenseRows(spec_of("group 2", 4), *SKEWED, page_size=16, dtype=torch.float32, device="cpu")
+    check(rows, run_decode(rows, "reference", padding=0, max_seq_len=32768), floor=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+def test_skewed(backend: str) -> None:
+    rows = DenseRows(spec_of("group 2", 64), *SKEWED, page_size=16, dtype=torch.bfloat16, device="cuda")
+    check(rows, run_decode(rows, backend, padding=0, max_seq_len=32768), floor=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", HEADS)

@@ -1,7 +1,8 @@
 """Decode attention of our own: norm, rotate, append and attend in one launch, from device lengths alone.
 
 A row's context is split into chunks, one program each per kv head; the last program of a row and head to finish merges
-them. Nothing is planned: how a row is split depends on its length and the launch's constants only.
+them. Nothing is planned: how a row is split depends on its length and the launch's constants only. Page tables and, if
+EAGER, keys and values are read before the kernel that computes the query has ended (`chain.py`).
 
 Suffix letters: G query heads of a kv head (padded to a tensor core's 16), N tokens of a block, L and H low and high
 half of the head dim.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from graphattn.batch import ragged_batch
     from graphattn.buckets import BucketLadder
     from graphattn.cache import KVCache
+    from graphattn.choice import LadderChoice, best_ladder, best_ladders
     from graphattn.engine.llm import LLM
     from graphattn.engine.request import Delta, RequestOutput
     from graphattn.errors import (
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
     from graphattn.ops import active_plans
     from graphattn.pages import BlockTable, PagePool
     from graphattn.plan import Planner
+    from graphattn.profile import BucketProfile, CaptureProfile, StepTime
     from graphattn.runner import DecodeRunner
     from graphattn.sampling import SamplingParams
     from graphattn.spec import AttentionSpec, CacheSpec
     from graphattn.state import StepState
+    from graphattn.traffic import Traffic
 
 __version__ = "0.1.0"
 
@@ -48,14 +51,17 @@ __all__ = [
     "BlockTable",
     "BucketError",
     "BucketLadder",
+    "BucketProfile",
     "CacheSpec",
     "CaptureError",
+    "CaptureProfile",
     "DecodeRunner",
     "Delta",
     "GraphattnError",
     "InvalidArgumentError",
     "InvalidRequestError",
     "KVCache",
+    "LadderChoice",
     "Ledger",
     "ModelFileError",
     "NoActivePlanError",
@@ -65,9 +71,13 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StepState",
+    "StepTime",
+    "Traffic",
     "UnsupportedModelError",
     "__version__",
     "active_plans",
+    "best_ladder",
+    "best_ladders",
     "errors",
     "hf",
     "ragged_batch",
@@ -83,14 +93,17 @@ _MODULE_OF = {
     "BlockTable": "pages",
     "BucketError": "errors",
     "BucketLadder": "buckets",
+    "BucketProfile": "profile",
     "CacheSpec": "spec",
     "CaptureError": "errors",
+    "CaptureProfile": "profile",
     "DecodeRunner": "runner",
     "Delta": "engine.request",
     "GraphattnError": "errors",
     "InvalidArgumentError": "errors",
     "InvalidRequestError": "errors",
     "KVCache": "cache",
+    "LadderChoice": "choice",
     "Ledger": "memory",
     "ModelFileError": "errors",
     "NoActivePlanError": "errors",
@@ -100,8 +113,12 @@ _MODULE_OF = {
     "RequestOutput": "engine.request",
     "SamplingParams": "sampling",
     "StepState": "state",
+    "StepTime": "profile",
+    "Traffic": "traffic",
     "UnsupportedModelError": "errors",
     "active_plans": "ops",
+    "best_ladder": "choice",
+    "best_ladders": "choice",
     "ragged_batch": "batch",
 }
 

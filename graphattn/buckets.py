@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from .errors import BucketError, InvalidArgumentError
@@ -70,6 +71,20 @@ class BucketLadder:
         used = sum(rows * steps for rows, steps in histogram.items())
         computed = sum(self.pick(rows) * steps for rows, steps in histogram.items())
         return 1 - used / computed if computed else 0.0
+
+    def seconds(self, histogram: Mapping[int, int], step_seconds: Mapping[int, float]) -> float:
+        """Time of all steps of `histogram[rows] = steps`, for `step_seconds[bucket]`.
+
+        Raises:
+            InvalidArgumentError: a bucket that steps run at has no time.
+        """
+        steps = Counter()
+        for rows, count in histogram.items():
+            steps[self.pick(rows)] += count
+        missing = [bucket for bucket in steps if bucket not in step_seconds]
+        if missing:
+            raise InvalidArgumentError(f"no step_seconds for {missing}, only for {sorted(step_seconds)}: measure them")
+        return sum(count * step_seconds[bucket] for bucket, count in steps.items())
 
     def __iter__(self):
         return iter(self.sizes)

@@ -146,6 +146,8 @@ class DecodeRunner:
         seq_lens: Sequence[int],
         tables: Sequence[Sequence[Sequence[int]]],
         drawn: Sequence[int | None] | None = None,
+        *,
+        eager: bool = False,
     ) -> Tensor | tuple[Tensor, ...]:
         """Runs one step, on the current stream, and returns without waiting for it.
 
@@ -158,6 +160,7 @@ class DecodeRunner:
             tables: `tables[group][row]`, the row's pages in order.
             drawn: where in `state.drawn` each row's token is, if the host does not know it yet; None for
                 `token_ids[row]`.
+            eager: do not replay; the plain call at the same bucket, to compare with.
 
         Returns:
             The step's outputs, cut to the rows given. They are overwritten by the next step.
@@ -174,7 +177,7 @@ class DecodeRunner:
         batch = self.state.stage(bucket, token_ids, seq_lens, tables, drawn=drawn, num_pages=num_pages)
         prepared.plan.plan(batch)
         self.rows[len(token_ids)] += 1
-        if prepared.graph is None:
+        if prepared.graph is None or eager:
             self.counts["eager"] += 1
             self._call(prepared)
         elif prepared.signature == prepared.plan.signature:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from ..buckets import BucketLadder
 from ..errors import InvalidArgumentError, UnsupportedModelError
+from ..hf.load import load_model
 from ..plan import BACKENDS
+from ..profile import CaptureProfile
 from ..runner import CAPTURE_MODES
 from ..spec import LAYOUTS
 
@@ -35,6 +40,43 @@ def check_arguments(*, model, tokenizer, memory_fraction, backend, compile, capt
         raise InvalidArgumentError(
             f"num_pages={counts['num_pages']} and kv_bytes={counts['kv_bytes']}: give one of them"
         )
+
+
+def ladder_for(max_batch: int, buckets: Sequence[int] | None, profile: CaptureProfile | None) -> BucketLadder:
+    """The buckets asked for, the profile's, or a ladder that suits `max_batch`.
+
+    Raises:
+        InvalidArgumentError: buckets and a profile were given, or a profile of another `max_batch`.
+    """
+    if profile is None:
+        return BucketLadder.default(max_batch) if buckets is None else BucketLadder(buckets, max_batch)
+    if buckets is not None:
+        raise InvalidArgumentError(
+            f"buckets={list(buckets)} and a capture_profile with the ladder {list(profile.ladder)}: give one of them"
+        )
+    if profile.max_batch != max_batch:
+        raise InvalidArgumentError(
+            f"max_batch={max_batch}, the capture_profile was made for {profile.max_batch}: pass "
+            f"max_batch={profile.max_batch}, or measure a profile for {max_batch}"
+        )
+    return BucketLadder(profile.ladder)
+
+
+def opened(model, tokenizer, *, dtype: torch.dtype | None, device: torch.device | str | None) -> tuple:
+    """A model and its tokenizer: loaded ones as they are, else loaded from where `model` says.
+
+    Raises:
+        InvalidArgumentError: dtype or device for a loaded model, or a device that is not there.
+    """
+    if isinstance(model, nn.Module):
+        if dtype is not None or device is not None:
+            raise InvalidArgumentError("dtype and device are for loading; this model is loaded: use model.to(...)")
+        return model, tokenizer
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError(f"device={str(device)!r}: torch {torch.__version__} sees no CUDA device")
+    model, loaded = load_model(model, dtype=dtype, device=device, with_tokenizer=tokenizer is None)
+    return model, tokenizer or loaded
 
 
 def vocab_size_of(model: nn.Module) -> int:

@@ -41,6 +41,9 @@ class Ask(NamedTuple):
         return cls(seed % 2**63, min(max(params.temperature, 1e-30), 1e30), log_min_p)
 
 
+GREEDY = Ask(seed=0, temperature=0.0, log_min_p=-math.inf)
+
+
 def is_drawn_in_step(params: SamplingParams) -> bool:
     """Whether temperature and min-p are all that they ask: nothing that must be sorted, edited or told besides."""
     is_sorted = not params.is_greedy and (params.top_k > 0 or params.top_p < 1)

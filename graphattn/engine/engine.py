@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections import deque
-from collections.abc import Callable, KeysView, Sequence
+from collections.abc import Callable, Iterator, KeysView, Sequence
 
 from ..draw import derive_seed
 from ..errors import InvalidRequestError
@@ -83,6 +83,38 @@ class Engine:
     def unfinished(self) -> KeysView[int]:
         """Ids of the requests in the engine."""
         return self._requests.keys()
+
+    def drive(
+        self,
+        requests: Sequence[tuple[tuple[int, ...], SamplingParams]],
+        *,
+        streams: bool,
+        progress: Callable[[int, int], None] | None,
+    ) -> Iterator[Delta]:
+        """Queues checked requests and steps until they have ended; closing it aborts what is left.
+
+        Args:
+            requests: prompts and what is asked of each.
+            streams: whether text is wanted as it comes.
+            progress: called as `progress(ended, total)` when a sample ends.
+        """
+        outbox: deque[Delta] = deque()
+        mine = [self.add(ids, params, outbox, streams=streams) for ids, params in requests]
+        total = left = sum(params.n for _, params in requests)
+        try:
+            while left:
+                if not outbox:
+                    self.step()
+                while outbox:
+                    delta = outbox.popleft()
+                    if delta.output is not None:
+                        left -= 1
+                        if progress is not None:
+                            progress(total - left, total)
+                    yield delta
+        finally:
+            for request_id in self.unfinished & set(mine):
+                self.abort(request_id)
 
     def step(self) -> None:
         """One step: a chunk of prefill for requests that need it, one token for every one that decodes.

@@ -22,7 +22,7 @@ from ..runner import DecodeRunner
 from ..sampling import RowSampling, SamplingParams
 from ..spec import CacheSpec
 from ..state import StepState
-from .draws import RowDraws
+from .draws import GREEDY, RowDraws
 from .flight import Flight
 from .request import Request
 from .scheduler import Chunk
@@ -141,6 +141,10 @@ class Executor:
             sampled = sample_again(logits_BV, token_ids_B, asks)
             self.state.drawn[DECODED, : len(rows)].copy_(sampled.token_ids)
         return self._take_off(sampled, rows, DECODED)
+
+    def draw_greedily(self, num_rows: int) -> None:
+        """Has the first rows take the most likely token, until they ask for another draw."""
+        self._draws.stage([GREEDY] * num_rows)
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,18 +12,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..buckets import BucketLadder
 from ..errors import InvalidArgumentError
 from ..hf.binding import Binding
-from ..hf.load import end_token_ids, load_model
-from ..memory import Ledger, ledger
+from ..hf.load import end_token_ids
+from ..memory import Ledger
 from ..pages import PagePool
+from ..profile import CaptureProfile, StepTime, origin
 from ..sampling import SamplingParams
-from .arguments import check_arguments, vocab_size_of
+from ..traffic import Traffic
+from .arguments import check_arguments, ladder_for, opened, vocab_size_of
 from .engine import Engine
 from .executor import Executor
 from .explain import explain
-from .prompts import Checked, Prompt, PromptReader
+from .profiling import engine_ledger, profile_of, time_steps
+from .prompts import Prompt, PromptReader
 from .request import Delta, RequestOutput
 from .scheduler import Scheduler
 from .sizing import cache_spec, check_room, length_limit
@@ -59,6 +60,8 @@ class LLM:
             `max_batch` requests of `max_seq_len` can use).
         kv_dtype: of the cache; None, or the model's own dtype: no backend serves another one yet.
         layout: of a page: "NHD" (slots before heads), "HND" or "auto", which is NHD.
+        capture_profile: a file of `tools/capture.py` that the ladder is taken from, instead of `buckets`. Made for
+            another `max_batch`, model, page, device or version it is refused.
         record_batches: a file that `close()` writes how many decode steps ran with how many rows into, as JSON
             (`{"schema_version": 1, "max_batch": 8, "steps": {"3": 120, ...}}`): what to choose `buckets` from.
         max_prefill_tokens: prompt tokens computed in one step; longer prompts are prefilled in chunks.
@@ -96,12 +99,14 @@ class LLM:
         memory_fraction: float = 0.9,
         kv_dtype: torch.dtype | None = None,
         layout: str = "auto",
+        capture_profile: str | Path | None = None,
         record_batches: str | Path | None = None,
         max_prefill_tokens: int = 8192,
         prefix_cache: bool = True,
         progress: Progress | None = None,
     ):
-        ladder = BucketLadder.default(max_batch) if buckets is None else BucketLadder(buckets, max_batch)
+        profile = None if capture_profile is None else CaptureProfile.load(capture_profile)
+        ladder = ladder_for(max_batch, buckets, profile)
         check_arguments(
             model=model,
             tokenizer=tokenizer,
@@ -118,26 +123,14 @@ class LLM:
         )
         progress = progress or (lambda stage, done, total: None)
         progress("load", 0, 1)
-        if isinstance(model, nn.Module):
-            if dtype is not None or device is not None:
-                raise InvalidArgumentError("dtype and device are for loading; this model is loaded: use model.to(...)")
-        else:
-            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            if device.type == "cuda" and not torch.cuda.is_available():
-                raise InvalidArgumentError(f"device={str(device)!r}: torch {torch.__version__} sees no CUDA device")
-            model, loaded = load_model(model, dtype=dtype, device=device, with_tokenizer=tokenizer is None)
-            tokenizer = tokenizer or loaded
+        model, tokenizer = opened(model, tokenizer, dtype=dtype, device=device)
         progress("load", 1, 1)
         binding = Binding(model, packs=True)
         try:
-            if kv_dtype not in (None, model.dtype):
-                raise InvalidArgumentError(
-                    f"kv_dtype={kv_dtype}: the model computes in {model.dtype}, and no backend keeps a cache of any "
-                    "other dtype; leave kv_dtype out, or load the model in that dtype"
-                )
             limit = length_limit(binding, max_seq_len)
             cache = cache_spec(
                 binding,
+                kv_dtype=kv_dtype,
                 page_size=page_size,
                 layout="NHD" if layout == "auto" else layout,
                 num_pages=num_pages,
@@ -147,6 +140,8 @@ class LLM:
                 max_prefill_tokens=max_prefill_tokens,
                 limit=limit,
             )
+            if profile is not None:
+                profile.check(**origin(model, page_size=page_size, layout=cache.layout))
             if max_seq_len is not None:
                 check_room(cache, max_seq_len)
             self.pool = PagePool(cache.num_pages, page_size, prefix_cache=prefix_cache)
@@ -209,7 +204,7 @@ class LLM:
             InvalidRequestError: a prompt cannot be served; none was started.
         """
         checked = self._prompts.read_all(prompts, params)
-        deltas = self._drive(checked, stream, progress)
+        deltas = self._engine.drive(checked, streams=stream, progress=progress)
         if stream:
             return deltas
         with closing(deltas):
@@ -292,13 +287,44 @@ class LLM:
     def ledger(self) -> Ledger:
         """Where the bytes are, from tensors, torch, the driver and NVML."""
         self._check_open()
-        parts = self._executor.parts()
-        if not self._executor.runner.uses_graphs:
-            return ledger(self._executor.device, parts)
-        captures = self._executor.runner.captures
-        parts["graph pool"] = sum(capture.pool_bytes for capture in captures)
-        driver_parts = {"graphs": sum(capture.driver_bytes for capture in captures)}
-        return ledger(self._executor.device, parts, driver_parts=driver_parts)
+        return engine_ledger(self._executor)
+
+    def time_steps(self, num_rows: int, context: int, *, num_steps: int = 20, eager: bool = False) -> list[float]:
+        """Seconds of decode steps of that many greedy rows alone, each beginning at `context` tokens.
+
+        The first token of a row is random, what lies in its pages is whatever was there. A step counts from the end of
+        the one before, on the device: scheduling and text are left out. A few steps before are not counted.
+
+        Args:
+            num_rows: rows; they run at the bucket that holds them.
+            context: tokens of each row in the first step; it grows by one a step.
+            num_steps: how many.
+            eager: without CUDA graphs, the plain call at the same bucket.
+
+        Raises:
+            InvalidArgumentError: the engine has requests, an argument is out of range, or rows grow past `max_seq_len`.
+            BucketError: no bucket holds the rows.
+            OutOfPagesError: the cache does not hold them.
+        """
+        self._check_open()
+        if self.has_work:
+            raise InvalidArgumentError("time_steps runs alone, and there are requests: finish or abort them first")
+        return time_steps(self._executor, self.pool, num_rows, context, num_steps=num_steps, eager=eager)
+
+    def profile(
+        self, step_times: Mapping[int, Sequence[StepTime]] | None = None, ladder: Sequence[int] | None = None
+    ) -> CaptureProfile:
+        """What capture took, to be saved for `capture_profile=`.
+
+        Args:
+            step_times: what `time_steps` gave at each bucket, if that was measured.
+            ladder: the buckets that a start from it captures, among those captured here; None for all.
+
+        Raises:
+            InvalidArgumentError: a bucket that was not captured.
+        """
+        self._check_open()
+        return profile_of(self._executor, step_times or {}, ladder)
 
     def close(self) -> None:
         """Aborts what runs, frees graphs and pages, and restores the model; does nothing the second time."""
@@ -309,9 +335,8 @@ class LLM:
         finally:
             self._finalizer()
         if self._record_batches is not None:
-            steps = dict(sorted(self._executor.runner.rows.items()))
-            document = {"schema_version": 1, "max_batch": self._scheduler.max_batch, "steps": steps}
-            self._record_batches.write_text(json.dumps(document) + "\n")
+            steps = self._executor.runner.rows
+            Traffic(max_batch=self._scheduler.max_batch, steps=steps).save(self._record_batches)
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:
@@ -322,25 +347,3 @@ class LLM:
 
     def __exit__(self, *exc_info) -> None:
         self.close()
-
-    def _drive(
-        self, requests: list[Checked], stream: bool, progress: Callable[[int, int], None] | None
-    ) -> Iterator[Delta]:
-        """Queues checked requests and steps until they have ended."""
-        outbox: deque[Delta] = deque()
-        mine = [self._engine.add(ids, params, outbox, streams=stream) for ids, params in requests]
-        total = left = sum(params.n for _, params in requests)
-        try:
-            while left:
-                if not outbox:
-                    self._engine.step()
-                while outbox:
-                    delta = outbox.popleft()
-                    if delta.output is not None:
-                        left -= 1
-                        if progress is not None:
-                            progress(total - left, total)
-                    yield delta
-        finally:
-            for request_id in self._engine.unfinished & set(mine):
-                self._engine.abort(request_id)

@@ -30,6 +30,7 @@ def length_limit(binding: Binding, max_seq_len: int | None) -> int | None:
 def cache_spec(
     binding: Binding,
     *,
+    kv_dtype: torch.dtype | None,
     page_size: int,
     layout: str,
     num_pages: int | None,
@@ -46,9 +47,14 @@ def cache_spec(
         max_prefill_tokens: tokens of the prefill whose activations are measured, on CUDA.
 
     Raises:
-        InvalidArgumentError: too little for one page beside the null page.
+        InvalidArgumentError: too little for one page beside the null page, or a `kv_dtype` that is not the model's.
     """
     dtype = binding.model.dtype
+    if kv_dtype not in (None, dtype):
+        raise InvalidArgumentError(
+            f"kv_dtype={kv_dtype}: the model computes in {dtype}, and no backend keeps a cache of any "
+            "other dtype; leave kv_dtype out, or load the model in that dtype"
+        )
     if num_pages is None:
         smallest = CacheSpec(num_pages=2, page_size=page_size, dtype=dtype, layout=layout)
         page_bytes = len(binding.layers) * smallest.page_bytes(binding.spec)

@@ -1,0 +1,121 @@
+"""What the steps of an engine take: time, capture, memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..errors import InvalidArgumentError, OutOfPagesError
+from ..memory import Ledger, ledger
+from ..pages import BlockTable, PagePool
+from ..profile import BucketProfile, CaptureProfile, StepTime, origin
+from .executor import Executor
+
+WARM_STEPS = 3
+
+
+def time_steps(
+    executor: Executor, pool: PagePool, num_rows: int, context: int, *, num_steps: int, eager: bool
+) -> list[float]:
+    """Seconds of each of `num_steps` decode steps; `LLM.time_steps` says of what.
+
+    Keys and values are what lies in the pages, each row's in pages of its own. What ran here is in no count.
+    """
+    runner, state = executor.runner, executor.state
+    for name, value in (("num_rows", num_rows), ("context", context), ("num_steps", num_steps)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InvalidArgumentError(f"{name}={value!r}: it must be an int, at least 1")
+    last = context + WARM_STEPS + num_steps - 1
+    if last > state.max_seq_len:
+        raise InvalidArgumentError(
+            f"rows of {context} tokens grow to {last} in {num_steps} timed steps and {WARM_STEPS} before, max_seq_len "
+            f"is {state.max_seq_len}: raise it, or ask for less"
+        )
+    needed, there = num_rows * pool.pages_for(last), pool.num_usable
+    if needed > there:
+        raise OutOfPagesError(
+            f"{needed} pages needed for {num_rows} rows of {last} tokens, the cache has {there} "
+            f"(page_size={pool.page_size}): time fewer rows or a shorter context, or give the cache more"
+        )
+    runner.ladder.pick(num_rows)
+    generator = torch.Generator().manual_seed(num_rows)
+    vocab = executor.model.get_input_embeddings().num_embeddings
+    fed = torch.randint(0, vocab, (num_rows,), generator=generator).tolist()
+    drawn: list[int] | None = None  # where a row's last draw lies, from the second step on
+    tables, counted = [BlockTable(pool) for _ in range(num_rows)], (runner.rows.copy(), runner.counts.copy())
+    marks = []
+    try:
+        for table in tables:
+            table.grow(last)
+        pages = [[table.pages for table in tables]]
+        executor.check_model()
+        executor.draw_greedily(num_rows)
+        for done in range(WARM_STEPS + num_steps):
+            if done >= WARM_STEPS:
+                marks.append(_mark(executor.device))
+            runner.run(fed, [context + done] * num_rows, pages, drawn, eager=eager)
+            drawn = list(range(num_rows))
+        marks.append(_mark(executor.device))
+        return _between(marks)
+    finally:
+        for table in tables:
+            table.release()
+        runner.rows, runner.counts = counted
+
+
+def _mark(device: torch.device) -> float | torch.cuda.Event:
+    """Now, as the device counts it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _between(marks: list) -> list[float]:
+    """Seconds from each mark to the next."""
+    pairs = list(zip(marks, marks[1:], strict=False))
+    if isinstance(marks[0], float):
+        return [later - earlier for earlier, later in pairs]
+    marks[-1].synchronize()
+    return [earlier.elapsed_time(later) / 1e3 for earlier, later in pairs]
+
+
+def profile_of(
+    executor: Executor, step_times: Mapping[int, Sequence[StepTime]], ladder: Sequence[int] | None
+) -> CaptureProfile:
+    """What capture took at each bucket, with step times that were measured since."""
+    cache, captures = executor.planner.cache, executor.runner.captures
+    unknown = sorted({*step_times} - {capture.bucket for capture in captures})
+    if unknown:
+        raise InvalidArgumentError(
+            f"step times of {unknown}, captured are {sorted(capture.bucket for capture in captures)}: give those only"
+        )
+    buckets = [
+        BucketProfile(
+            bucket=capture.bucket,
+            capture_seconds=capture.seconds,
+            pool_bytes=capture.pool_bytes,
+            driver_bytes=capture.driver_bytes,
+            steps=tuple(step_times.get(capture.bucket, ())),
+        )
+        for capture in sorted(captures, key=lambda capture: capture.bucket)
+    ]
+    return CaptureProfile(
+        **origin(executor.model, page_size=cache.page_size, layout=cache.layout),
+        ladder=tuple(each.bucket for each in buckets) if ladder is None else tuple(ladder),
+        buckets=tuple(buckets),
+    )
+
+
+def engine_ledger(executor: Executor) -> Ledger:
+    """Where the bytes of the device are."""
+    parts = executor.parts()
+    if not executor.runner.uses_graphs:
+        return ledger(executor.device, parts)
+    captures = executor.runner.captures
+    parts["graph pool"] = sum(capture.pool_bytes for capture in captures)
+    driver_parts = {"graphs": sum(capture.driver_bytes for capture in captures)}
+    return ledger(executor.device, parts, driver_parts=driver_parts)

@@ -1,0 +1,181 @@
+"""What capture measured, to start the next engine from."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import __version__
+from .buckets import BucketLadder
+from .document import read_document, write_document
+from .errors import InvalidArgumentError
+
+SCHEMA_VERSION = 1
+PACKAGES = {"triton": "triton", "flashinfer": "flashinfer-python"}  # beside graphattn and torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one decode step with every row of a bucket at `context` tokens: 20, 50 and 80 % took no longer."""
+
+    context: int
+    p20: float
+    p50: float
+    p80: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketProfile:
+    """What one bucket takes.
+
+    Attributes:
+        bucket: rows.
+        capture_seconds: planning, warm-up (with compilation, if the step compiles) and capture.
+        pool_bytes: what its graph added to torch's private pool; 0 without CUDA graphs.
+        driver_bytes: by how much the driver's free memory shrank beyond that.
+        steps: its step at each context that was measured; may be empty.
+    """
+
+    bucket: int
+    capture_seconds: float
+    pool_bytes: int = 0
+    driver_bytes: int = 0
+    steps: tuple[StepTime, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureProfile:
+    """A ladder, what its buckets took, and what they were measured on. `LLM(capture_profile=PATH)` starts from it.
+
+    Attributes:
+        device: name of the device.
+        versions: of graphattn, torch, triton and flashinfer; None for one that is not installed.
+        model: what the step depends on: model type, layers, sizes and dtype.
+        page_size: tokens in a page.
+        layout: of a page.
+        ladder: the buckets to capture; all of them were measured.
+        buckets: what was measured, which may be more than the ladder.
+
+    Raises:
+        InvalidArgumentError: no ladder, or one with a bucket that was not measured.
+
+    Example:
+        >>> CaptureProfile.load("qwen3.json").ladder  # doctest: +SKIP
+        (1, 2, 4, 8, 16)
+    """
+
+    device: str
+    versions: dict[str, str | None]
+    model: dict[str, Any]
+    page_size: int
+    layout: str
+    ladder: tuple[int, ...]
+    buckets: tuple[BucketProfile, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "ladder", BucketLadder(self.ladder).sizes)
+        measured = {each.bucket for each in self.buckets}
+        missing = [bucket for bucket in self.ladder if bucket not in measured]
+        if missing:
+            raise InvalidArgumentError(
+                f"the ladder {list(self.ladder)} has {missing}, measured were {sorted(measured)}: choose among those"
+            )
+
+    @property
+    def max_batch(self) -> int:
+        return self.ladder[-1]
+
+    def save(self, path: str | Path) -> None:
+        """Writes it as JSON."""
+        write_document(path, SCHEMA_VERSION, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> CaptureProfile:
+        """What `save` wrote.
+
+        Raises:
+            InvalidArgumentError: no such file, not JSON, another schema version, a field missing or of another kind.
+        """
+        found = read_document(path, "a capture profile", SCHEMA_VERSION, [field.name for field in fields(cls)])
+        try:
+            for name in ("versions", "model"):
+                if not isinstance(found[name], dict):
+                    raise TypeError(f"{name} is {found[name]!r}")
+            found["buckets"] = tuple(
+                BucketProfile(**(each | {"steps": tuple(StepTime(**step) for step in each["steps"])}))
+                for each in found["buckets"]
+            )
+            return cls(**found)
+        except (TypeError, KeyError, InvalidArgumentError) as error:
+            raise InvalidArgumentError(
+                f"{path} is no capture profile ({type(error).__name__}: {error}): write it anew"
+            ) from error
+
+    def check(
+        self, *, device: str, versions: dict[str, str | None], model: dict[str, Any], page_size: int, layout: str
+    ) -> None:
+        """Whether it was measured on just this, which `origin` tells of a model.
+
+        Raises:
+            InvalidArgumentError: it was not; names everything that differs, with both values.
+        """
+        differs = []
+        for name, ours, theirs in (
+            ("device", {"device": self.device}, {"device": device}),
+            ("version of", self.versions, versions),
+            ("model", self.model, model),
+            ("cache", {"page_size": self.page_size, "layout": self.layout}, {"page_size": page_size, "layout": layout}),
+        ):
+            for key in {**ours, **theirs}:
+                was, now = ours.get(key), theirs.get(key)
+                if was != now:
+                    what = name if name == key else f"{name} {key}"
+                    differs.append(f"{what}: {was!r} in the profile, {now!r} here")
+        if differs:
+            raise InvalidArgumentError(
+                f"the capture profile was made for something else ({'; '.join(differs)}): measure anew with "
+                "tools/capture.py, or pass buckets= instead"
+            )
+
+
+def origin(model: nn.Module, *, page_size: int, layout: str) -> dict[str, Any]:
+    """What a profile of this transformers model depends on, as `CaptureProfile` and its `check` take it."""
+    config, device = model.config.get_text_config(), model.device
+    heads = config.num_attention_heads
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {_processor()}",
+        "versions": {
+            "graphattn": __version__,
+            "torch": torch.__version__,
+            **{name: _version(package) for name, package in PACKAGES.items()},
+        },
+        "model": {
+            "type": config.model_type,
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "heads": heads,
+            "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+            "vocab_size": config.vocab_size,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "page_size": page_size,
+        "layout": layout,
+    }
+
+
+def _processor() -> str:
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

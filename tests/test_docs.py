@@ -65,6 +65,15 @@ def test_engine_page_in_graphs() -> None:
     assert eager.generate([[1, 2, 3], [7], list(range(40))], num_tokens=8) == captured
 
 
+def test_capture_page_chooses(capsys: pytest.CaptureFixture) -> None:
+    exec(code("capture.md")[-1], {})
+    assert [line.split(") ")[0] + ")" for line in capsys.readouterr().out.splitlines()] == [
+        "(8,)",
+        "(3, 8)",
+        "(1, 3, 8)",
+    ]
+
+
 def test_links_point_at_files() -> None:
     for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 from benchmark import attention, decode, nano, prefill, report, step
+from benchmark.options import read_counts
 from benchmark.page import write_page
 from benchmark.peers import PEERS
 from benchmark.plot import WORKLOADS as PLOTTED
@@ -51,17 +52,6 @@ def read_cases(text: str) -> dict[str, list[int]]:
         return {case: lengths(case) for case in text.split(",") if case}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-
-
-def read_counts(option: str, text: str) -> list[int]:
-    """Counts with commas between them.
-
-    Raises:
-        typer.BadParameter: one is no count.
-    """
-    if not all(part.isdecimal() and int(part) for part in text.split(",")):
-        raise typer.BadParameter(f"{option} {text!r}: give counts from 1 up, with commas")
-    return [int(part) for part in text.split(",")]
 
 
 def main(

@@ -293,7 +293,7 @@ class LLM:
         """Seconds of decode steps of that many greedy rows alone, each beginning at `context` tokens.
 
         The first token of a row is random, what lies in its pages is whatever was there. A step counts from the end of
-        the one before, on the device: scheduling and text are left out. A few steps before are not counted.
+        the one before, on the device: scheduling and text are left out. Three steps before are not counted.
 
         Args:
             num_rows: rows; they run at the bucket that holds them.

@@ -1,0 +1,102 @@
+"""What each bucket takes: its capture, its memory, its step at each context."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from benchmark.shape import step_bytes
+from benchmark.timing import spread
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from graphattn import LLM, BucketLadder, CaptureProfile, OutOfPagesError, StepTime
+
+WARM_TOKENS = 3  # that LLM.time_steps decodes before it times
+
+
+def longest(contexts: list[int], num_steps: int) -> int:
+    """Tokens that a row reaches."""
+    return max(contexts) + WARM_TOKENS + num_steps
+
+
+def start(make: Callable[[], object], ladder: BucketLadder, bars: Progress, options: dict) -> tuple[LLM, float]:
+    """An engine with those buckets, and the seconds that it took with its model.
+
+    Args:
+        make: gives the model, or where it is.
+        ladder: the buckets.
+        bars: where a bar is shown.
+        options: what else `LLM` takes.
+    """
+    sizes, bar = sorted(ladder, reverse=True), bars.add_task("loading", total=len(ladder))
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage == "capture" or done == total:
+            done = done if stage == "capture" else 0
+            said = f"capturing bucket {sizes[done]}" if done < len(sizes) else f"captured {len(sizes)} buckets"
+            bars.update(bar, description=said, completed=done)
+
+    started = time.perf_counter()
+    llm = LLM(make(), max_batch=ladder.max, buckets=list(ladder), prefix_cache=False, progress=show, **options)
+    return llm, time.perf_counter() - started
+
+
+def measure(
+    llm: LLM, contexts: list[int], num_steps: int, *, rate: float, compares: bool, bars: Progress
+) -> tuple[list[dict], CaptureProfile]:
+    """Every bucket's capture and steps, all its rows at one context and no other rows running.
+
+    Args:
+        llm: the engine.
+        contexts: tokens of each row; the shortest must fit at every bucket, others are left out where they do not.
+        num_steps: timed steps of each bucket and context.
+        rate: bytes per second of a copy within the device.
+        compares: time the eager step too.
+        bars: where a bar is shown.
+
+    Raises:
+        OutOfPagesError: the largest bucket at the shortest context does not fit.
+    """
+    captured = llm.profile().buckets
+    bar = bars.add_task("timing", total=len(captured) * len(contexts))
+    rows, times = [], {}
+    for capture in reversed(captured):  # what does not fit fails first
+        bucket, steps = capture.bucket, []
+        for context in sorted(contexts):
+            bars.update(bar, description=f"timing bucket {bucket} at {context} tokens")
+            try:
+                seconds = llm.time_steps(bucket, context, num_steps=num_steps)
+            except OutOfPagesError as error:
+                if context == min(contexts):
+                    raise
+                steps.append({"context": context, "reason": str(error)})
+            else:
+                floor = step_bytes(llm.model, [context] * bucket) / rate
+                eager = llm.time_steps(bucket, context, num_steps=num_steps, eager=True) if compares else None
+                steps.append(
+                    {
+                        "context": context,
+                        "step_ms": spread(seconds, 1e3),
+                        "eager_ms": None if eager is None else spread(eager, 1e3),
+                        "floor_ms": floor * 1e3,
+                    }
+                )
+                times.setdefault(bucket, []).append(StepTime(context=context, **spread(seconds)))
+            bars.advance(bar)
+        rows.append(
+            {
+                "bucket": bucket,
+                "capture_s": capture.capture_seconds,
+                "pool_bytes": capture.pool_bytes,
+                "driver_bytes": capture.driver_bytes,
+                "steps": steps,
+            }
+        )
+    bars.update(bar, description=f"timed {len(captured)} buckets")
+    return rows[::-1], llm.profile(times)
+
+
+def progress(console) -> Progress:
+    """A bar that names the bucket."""
+    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)

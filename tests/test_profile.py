@@ -19,6 +19,7 @@ from graphattn import (
     OutOfPagesError,
     SamplingParams,
     StepTime,
+    Traffic,
 )
 from graphattn.profile import origin
 
@@ -153,7 +154,8 @@ def test_steps_are_timed_and_leave_nothing_behind(tmp_path: Path) -> None:
         after = llm.generate([[1, 2, 3], [4]], GREEDY)
         assert [each.token_ids for each in after] == [each.token_ids for each in before]
         llm.pool.check()
-    assert not {"3", "4"} & json.loads(batches.read_text())["steps"].keys()
+    recorded = Traffic.load(batches)
+    assert recorded.max_batch == 4 and max(recorded.steps) == 2, "timed steps are no traffic"
 
 
 @pytest.mark.parametrize(

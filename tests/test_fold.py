@@ -118,3 +118,86 @@ def test_only_linears_that_suit(x: Tensor, weights: list[Tensor]):
     first, second = nn.Linear(64, 64), nn.Linear(64, 96)
     found = folded(lambda x: second(x + first(x)), x, suits=lambda weight: weight.shape[0] == 64)
     assert found == [(True, False, False, True)]
+
+
+def test_what_is_changed_in_place_is_read_when_it_was(x: Tensor, weights: list[Tensor]):
+    """Dynamo keeps changes in place as statements that nobody reads; a folded linear reads late."""
+    square, wide, weight, _ = weights
+
+    def of_its_output(x: Tensor) -> Tensor:
+        out = F.linear(x, square)
+        out.add_(1)
+        return out * 2
+
+    def of_another(x: Tensor) -> Tensor:
+        sums = torch.zeros_like(x)
+        sums.index_add_(1, torch.arange(5), F.linear(x, square))
+        return sums
+
+    def of_its_residual(x: Tensor) -> tuple[Tensor, Tensor]:
+        rest = x + 1
+        total = F.linear(x, square) + rest
+        rest.mul_(0)
+        return total, rest
+
+    def of_what_was_normed(x: Tensor) -> Tensor:
+        x = x.clone()
+        normed = norm(x, weight)
+        x += F.linear(normed, square)
+        return F.linear(normed, square)
+
+    def of_its_input(x: Tensor) -> Tensor:
+        x = x.clone()
+        rest = x * 2
+        out = F.linear(x, square)
+        x.mul_(0)
+        return rest + out
+
+    def of_half_a_gate(x: Tensor) -> Tensor:
+        first, second = F.linear(x, wide).split([64, 64], -1)
+        first = F.silu(first)
+        second.add_(1)
+        return first * second
+
+    plain = (False, False, False, False)
+    assert folded(of_its_output, x) == [plain]
+    assert folded(of_another, x) == [plain]
+    assert folded(of_its_residual, x) == [(False, False, False, True)]
+    assert folded(of_what_was_normed, x) == [(False, True, False, False), plain]
+    assert folded(of_its_input, x) == [plain]
+    assert folded(of_half_a_gate, x) == [plain]
+
+
+def test_weights_that_are_computed_and_numbers_that_are_added_stay(x: Tensor, weights: list[Tensor]):
+    """A kernel that has just written a weight may still run when ours reads it."""
+    square, *_ = weights
+    assert folded(lambda x: F.linear(x, square * 2), x) == []
+    assert folded(lambda x: F.linear(x, square) + x.shape[1], x) == [(False, False, False, False)]
+
+
+def test_models_of_other_epsilons_fold_their_own_norms():
+    """Dynamo takes a number that differs between calls of one name for dynamic; models are not one name."""
+    from graphattn import LLM, SamplingParams
+    from graphattn.engine import step
+
+    found = []
+
+    def noting(graph, suits):
+        count = fold(graph, lambda weight: True)
+        nodes = [node for node in graph.graph.nodes if node.target is torch.ops.graphattn.linear.default]
+        found.append(sum(node.args[3] is not None for node in nodes))
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "fold_few_rows", lambda graph: noting(graph, None))
+        patch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: graph.forward)
+        torch._dynamo.reset()
+        for eps in (1e-6, 1e-5, 1e-4):
+            with LLM(
+                tiny("qwen3", dtype=torch.float32, rms_norm_eps=eps), compile=True, max_batch=2, num_pages=20
+            ) as llm:
+                llm.generate([[1, 2], [3]], SamplingParams(temperature=0, max_tokens=3))
+                assert llm._executor.step.num_compiles == len(found)
+                assert llm._executor.step.num_folded == 9
+            assert set(found) == {4}
+            found.clear()

@@ -58,6 +58,8 @@ class TestLinear:
         """Through the op, which leaves many rows to cuBLAS; inputs are columns of a wider tensor."""
         from graphattn.kernels.linear import MAX_ROWS, linear
 
+        if not IS_GPU and num_rows > MAX_ROWS:
+            pytest.skip("more rows are left to cuBLAS")
         has_norm, gated, has_residual, has_bias = parts
         generator = torch.Generator().manual_seed(num_rows)
         for num_out, num_in in SHAPES:
@@ -73,11 +75,9 @@ class TestLinear:
             residual = random(1, num_rows, num_out) if has_residual else None
             if IS_GPU:
                 ours = torch.ops.graphattn.linear(x, weight, bias, norm, 1e-6, bool(gated), residual)
-            elif num_rows <= MAX_ROWS:
+            else:
                 options = {"norm_K": norm, "eps": 1e-6, "gated": bool(gated), "residual": residual}
                 ours = linear(x, weight, bias, **options)
-            else:
-                continue
             plain, exact = (by_torch(dtype, x, weight, bias, norm, gated, residual) for dtype in (DTYPE, EXACT))
             assert_close(ours, plain, exact, floor=1e-5)
 

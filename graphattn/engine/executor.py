@@ -32,7 +32,7 @@ DECODED, PREFILLED = 0, 1  # the rows of `StepState.drawn`
 
 
 class Executor:
-    """A bound model with its pages, prefilling ragged batches eagerly and decoding through the runner."""
+    """A bound model with its pages, prefilling ragged batches without CUDA graphs and decoding through the runner."""
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class Executor:
     def _warm_up(self, num_tokens: int) -> None:
         """A prefill of that many tokens, on the null page: its kernels are loaded and its memory found."""
         length = min(num_tokens, self.state.max_seq_len)
-        num_rows, page_size = max(1, num_tokens // length), self.state.page_size
+        num_rows, page_size = min(max(1, num_tokens // length), self.state.max_batch), self.state.page_size
         pages = [NULL_PAGE] * -(-length // page_size)
         rows = ([[0] * length] * num_rows, [0] * num_rows, [[pages] * num_rows])
         batch = ragged_batch(*rows, page_size=page_size, device=self.device)

@@ -21,7 +21,7 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int) -> str:
             f"layers      {executor.num_layers} x {executor.binding.spec}",
             f"rope        {_rope(executor)}",
             f"merged      {_merged(executor)}",
-            f"linears     {step.num_folded} with norm, gate and residual in one kernel where rows are few",
+            f"linears     {step.num_folded} with what stands beside them in one kernel where rows are few",
             f"buckets     {buckets}; {run.ladder.waste(run.rows):.0%} of the rows computed were padding",
             f"pages       {pool.num_usable} of {pool.page_size} tokens ({planner.cache.layout}), {pool.num_used} in "
             f"use, {pool.num_cached} cached; max_seq_len {max_seq_len}",

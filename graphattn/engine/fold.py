@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+_IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator)}
+
 
 class Norm(NamedTuple):
     """An RMS norm found in a graph: what it norms, its weight and its epsilon."""
@@ -25,43 +27,82 @@ def fold(module: GraphModule, suits: Callable[[Tensor], bool]) -> int:
 
     What fits: an RMS norm before (of the kind of Llama's, weight times normed), `silu(a) * b` after where a and b are
     the halves of the output, and a residual that is added after. A norm or an output that others read too stays for
-    them. Whatever is written in another way stays as it is.
+    them. Whatever is written in another way stays as it is, and so does what a change in place stands between: Dynamo's
+    graphs have those, and a folded linear reads later than the nodes it replaces.
 
     Args:
         module: changed in place.
-        suits: whether a linear of a weight, given its fake tensor, is to be replaced.
+        suits: whether a linear of a weight, given its fake tensor, is to be replaced; only weights that are inputs of
+            the graph are asked about.
 
     Returns:
         How many were replaced.
     """
+    order = {node: index for index, node in enumerate(module.graph.nodes)}
+    changes = [index for node, index in order.items() if _changes_in_place(node)]
+    unread = {node for node in order if not node.users}
     count = 0
-    for node in list(module.graph.nodes):
-        if node.target is not F.linear or len(node.args) < 2 or not suits(_value(node.args[1])):
+    for node in order:
+        if node.target is not F.linear or len(node.args) < 2:
             continue
         x, weight, *bias = node.args
+        if weight.op not in ("placeholder", "get_attr") or not suits(_value(weight)):
+            continue
         bias = bias[0] if bias else node.kwargs.get("bias")
-        norm, gated, residual, last = _norm(x), False, None, node
-        if (product := _gate(node)) is not None:
-            gated, last = True, product
-        if (total := _only_user(last, operator.add)) is not None:
-            other = next((arg for arg in total.args if arg is not last), None)
-            if isinstance(other, Node) and _alike(other, total) and _alike(last, total):
-                residual, last = other, total
-        eps = 0.0
-        if norm is not None and _value(norm.weight).dtype == _value(x).dtype == _value(norm.x).dtype:
-            x, norm_weight, eps = norm
-        else:
-            norm_weight = None
-        with module.graph.inserting_before(last):
+        found = _neighbours(node)
+        if any(order[found.first] < index < order[found.last] for index in changes):
+            found = Neighbours(node, node)
+        norm_weight, eps = None, 0.0
+        if found.norm is not None:
+            x, norm_weight, eps = found.norm
+        with module.graph.inserting_before(found.last):
             folded = module.graph.call_function(
-                torch.ops.graphattn.linear.default, (x, weight, bias, norm_weight, eps, gated, residual)
+                torch.ops.graphattn.linear.default,
+                (x, weight, bias, norm_weight, eps, found.gated, found.residual),
             )
-        folded.meta = dict(last.meta)
-        last.replace_all_uses_with(folded)
+        folded.meta = dict(found.last.meta)
+        found.last.replace_all_uses_with(folded)
         count += 1
-    module.graph.eliminate_dead_code()
+    # What nobody read before is there for what it does, and only what was read by what is replaced may go.
+    module.graph.eliminate_dead_code(lambda node: node in unread or node.is_impure())
     module.recompile()
     return count
+
+
+class Neighbours(NamedTuple):
+    """What stands around a linear and fits: the first and the last node that it replaces, and what they compute."""
+
+    first: Node
+    last: Node
+    norm: Norm | None = None
+    gated: bool = False
+    residual: Node | None = None
+
+
+def _neighbours(node: Node) -> Neighbours:
+    found = Neighbours(node, node)
+    x = node.args[0]
+    if (norm := _norm(x)) is not None and _value(norm.weight).dtype == _value(x).dtype == _value(norm.x).dtype:
+        found = found._replace(first=x.args[1].args[0].args[0], norm=norm)  # where what is normed was last read
+    if (product := _gate(node)) is not None:
+        found = found._replace(last=product, gated=True)
+    if (total := _only_user(found.last, operator.add)) is not None:
+        other = next((arg for arg in total.args if arg is not found.last), None)
+        if isinstance(other, Node) and _alike(other, total) and _alike(found.last, total):
+            found = found._replace(last=total, residual=other)
+    return found
+
+
+def _changes_in_place(node: Node) -> bool:
+    """Whether a node may change a tensor that others read; our attention changes its cache alone."""
+    if node.kwargs.get("inplace") or "out" in node.kwargs or node.target is operator.setitem:
+        return True
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__")
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable and node.target.namespace != "graphattn"
+    name = getattr(node.target, "__name__", "")
+    return node.target in _IN_PLACE or (node.op == "call_function" and name.endswith("_") and not name.endswith("__"))
 
 
 def _value(node: Node) -> Tensor:
@@ -69,7 +110,10 @@ def _value(node: Node) -> Tensor:
 
 
 def _alike(node: Node, other: Node) -> bool:
-    return _value(node).shape == _value(other).shape and _value(node).dtype == _value(other).dtype
+    first, second = _value(node), _value(other)
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+        return False
+    return first.shape == second.shape and first.dtype == second.dtype
 
 
 def _only_user(node: Node, target: object) -> Node | None:
@@ -90,7 +134,9 @@ def _norm(node: Node) -> Norm | None:
     mean, eps = unit.args[0].args
     if not _calls(mean, "mean", -1) or mean.kwargs != {"keepdim": True} or not isinstance(eps, float):
         return None
-    if not _calls(mean.args[0], "pow", 2) or mean.args[0].args[0] is not wide or _value(weight).dim() != 1:
+    if not _calls(mean.args[0], "pow", 2) or mean.args[0].args[0] is not wide:
+        return None
+    if _value(weight).shape != _value(node).shape[-1:]:
         return None
     return Norm(wide.args[0], weight, eps)
 

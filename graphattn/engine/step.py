@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from importlib.util import find_spec
 from types import FunctionType
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .fold import fold
 
+_numbers = itertools.count()
 Draw = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -88,20 +90,28 @@ def _step_of(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tens
     return step
 
 
+def fold_few_rows(graph: torch.fx.GraphModule) -> int:
+    """Makes linears of the graph ours where our kernel can compute them; returns how many."""
+    if find_spec("triton") is None:
+        return 0
+    from ..kernels.linear import suits
+
+    return fold(graph, suits)
+
+
 def _compiled(model: nn.Module, graphs: list[int]) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     def backend(graph: torch.fx.GraphModule, inputs: list):
         from torch._inductor.compile_fx import compile_fx
 
-        folded = 0
-        if find_spec("triton") is not None:
-            from ..kernels.linear import suits
-
-            folded = fold(graph, suits)
+        folded = fold_few_rows(graph)
+        compiled = compile_fx(graph, inputs)
         graphs.append(folded)
-        return compile_fx(graph, inputs)
+        return compiled
 
     step = _step_of(model)
-    # Dynamo keeps what it compiled with the code object, for as long as that lives and up to a limit. Models share no
-    # code object this way, so each has the limit to itself and takes its graphs along when it goes.
-    own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
+    # Dynamo keeps what it compiled with the code object, for as long as that lives and up to a limit, and keeps by name
+    # which numbers differed, to take them for dynamic. Models share neither this way: each has the limit to itself,
+    # takes its graphs along when it goes, and has its own epsilon as a constant.
+    code = step.__code__.replace(co_name=f"step_{next(_numbers)}")
+    own = FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
     return torch.compile(own, fullgraph=True, backend=backend)

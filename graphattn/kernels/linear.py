@@ -21,6 +21,8 @@ _MAX_WEIGHTS = 2**24  # of a linear that is ours at more rows than one: beyond, 
 
 def suits(weight_NK: Tensor) -> bool:
     """Whether a linear of this weight can be computed here."""
+    if weight_NK.dim() != 2:
+        return False
     num_out, num_in = weight_NK.shape
     return (
         is_chained(weight_NK.device)

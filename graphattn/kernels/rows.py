@@ -91,7 +91,10 @@ def _feed(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program a row and group. The last to have read the fields moves all rows on: before that others read them."""
+    """A program a row and group. The last to have read the fields moves all rows on: before that others read them.
+
+    Hazard: what comes behind reads the page tables early (`chain.py`), so this must never let it start before it ends.
+    """
     row, group = tl.program_id(0), tl.program_id(1)
     r = tl.arange(0, ROWS)
     inside = r < bucket

@@ -1,7 +1,8 @@
 """Captures a decode step once per bucket and replays it.
 
 A step is any callable `step_fn(token_ids[B], positions[B]) -> Tensor | tuple[Tensor, ...]` whose attention layers are
-`Attention`; every output has B as its first dimension.
+`Attention`; every output has B as its first dimension. Its first launch computes something from the tokens, as an
+embedding does: attention reads page tables early, and must not come right behind what derives them.
 """
 
 from __future__ import annotations

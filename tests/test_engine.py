@@ -1001,7 +1001,7 @@ def test_explain_says_what_is_in_force() -> None:
         lines = dict(line.split(maxsplit=1) for line in llm.explain().splitlines())
         run_steps, scheduler = llm._executor.runner.counts["eager"], llm._scheduler
         assert lines["decode"] == "eager (no CUDA graphs), not compiled"
-        assert lines["backend"] == "reference on cpu"
+        assert lines["backend"] == "reference on cpu" and lines["linears"] == "all by torch"
         assert lines["layers"].startswith("1 x AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=8")
         steps_at = dict(re.findall(r"(\d+) \((\d+) steps\)", lines["buckets"]))
         assert list(steps_at) == ["1", "2", "4", "6"] and sum(map(int, steps_at.values())) == run_steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .executor import Executor
 from .scheduler import Scheduler
+from .step import ModelStep
 
 
 def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int) -> str:
@@ -21,7 +22,7 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int) -> str:
             f"layers      {executor.num_layers} x {executor.binding.spec}",
             f"rope        {_rope(executor)}",
             f"merged      {_merged(executor)}",
-            f"linears     {step.num_folded} with what stands beside them in one kernel where rows are few",
+            f"linears     {_linears(step)}",
             f"buckets     {buckets}; {run.ladder.waste(run.rows):.0%} of the rows computed were padding",
             f"pages       {pool.num_usable} of {pool.page_size} tokens ({planner.cache.layout}), {pool.num_used} in "
             f"use, {pool.num_cached} cached; max_seq_len {max_seq_len}",
@@ -29,6 +30,12 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int) -> str:
             f"guard; {scheduler.num_preemptions} preemptions, {pool.num_hits} tokens from the prefix cache",
         )
     )
+
+
+def _linears(step: ModelStep) -> str:
+    if not step.num_folded:
+        return "all by torch"
+    return f"{step.num_folded} by a kernel of ours where rows are few, with the norms, gates and residuals beside them"
 
 
 def _merged(executor: Executor) -> str:

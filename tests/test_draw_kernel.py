@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
+import interpreter
 import numpy as np
 import pytest
 import torch
+from interpreter import DEVICE, runs
 
 from graphattn import draw
 from graphattn.draw import sample
@@ -23,10 +22,6 @@ from graphattn.kernels import draw as kernels  # noqa: E402
 from graphattn.kernels.draw import draw_gumbel, upload_rows  # noqa: E402
 
 INF = math.inf
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-IN_INTERPRETER = pytest.mark.skipif(not INTERPRETS, reason="runs inside test_in_the_interpreter")
-runs = pytest.mark.gpu if DEVICE == "cuda" else IN_INTERPRETER
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of inf and nan in the interpreter
 MIXED = ({"temperature": 0}, {}, {"temperature": 0.7, "min_p": 0.05}, {"top_k": 1}, {"temperature": 2.0, "min_p": 1e-4})
 
@@ -56,16 +51,9 @@ def expected(logits: torch.Tensor, rows: list[RowSampling]) -> list[int]:
     return sample(logits, rows).token_ids.tolist()
 
 
-@pytest.mark.skipif(
-    np.lib.NumpyVersion(np.__version__) >= "2.4.0",
-    reason="Triton 3.6's interpreter takes arrays of one element for ints, which numpy 2.4 refuses",
-)
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETS, reason="the other tests run by themselves here")
+@interpreter.alone
 def test_in_the_interpreter():
-    """Triton reads the variable when it is first imported, and other test files have imported it by now."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    ran = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    interpreter.run(__file__)
 
 
 @runs

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-import numpy as np
+import interpreter
 import pytest
 import torch
 from dense import assert_close
+from interpreter import IS_GPU, runs
 from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
 
-IS_GPU = torch.cuda.is_available()
 DEVICE, DTYPE, EXACT = ("cuda", torch.bfloat16, torch.float32) if IS_GPU else ("cpu", torch.float32, torch.float64)
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-IN_INTERPRETER = pytest.mark.skipif(not INTERPRETS, reason="runs inside test_in_the_interpreter")
-runs = pytest.mark.gpu if IS_GPU else IN_INTERPRETER
 # norm, gated, residual, bias
 PARTS = [(0, 0, 0, 0), (1, 0, 0, 0), (1, 1, 0, 0), (0, 0, 1, 0), (0, 1, 0, 1), (1, 1, 1, 1)]
 SHAPES = [(96, 384), (32, 128), (2080, 256)] + ([(4096, 1024), (1024, 3072), (6144, 4096)] if IS_GPU else [])
 
 
-@pytest.mark.skipif(
-    np.lib.NumpyVersion(np.__version__) >= "2.4.0",
-    reason="Triton 3.6's interpreter takes arrays of one element for ints, which numpy 2.4 refuses",
-)
-@pytest.mark.skipif(IS_GPU or INTERPRETS, reason="the other tests run by themselves here")
+@interpreter.alone
 def test_in_the_interpreter():
-    """Triton reads the variable when it is first imported, and other test files have imported it by now."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    ran = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    interpreter.run(__file__)
 
 
 def by_torch(dtype: torch.dtype, x: Tensor, weight: Tensor, bias, norm, gated: bool, residual) -> Tensor:

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 
-import numpy as np
+import interpreter
 import pytest
 import torch
+from interpreter import DEVICE, runs
 
 from graphattn import AttentionSpec, StepState
 
 pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-IN_INTERPRETER = pytest.mark.skipif(not INTERPRETS, reason="runs inside test_in_the_interpreter")
-runs = pytest.mark.gpu if DEVICE == "cuda" else IN_INTERPRETER
 SPEC = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=64)
 
 
-@pytest.mark.skipif(
-    np.lib.NumpyVersion(np.__version__) >= "2.4.0",
-    reason="Triton 3.6's interpreter takes arrays of one element for ints, which numpy 2.4 refuses",
-)
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETS, reason="the other tests run by themselves here")
+@interpreter.alone
 def test_in_the_interpreter():
-    """Triton reads the variable when it is first imported, and other test files have imported it by now."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    ran = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    interpreter.run(__file__)
 
 
 def states(**sizes) -> tuple[StepState, StepState]:

@@ -15,11 +15,16 @@ _IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswit
 
 
 class Norm(NamedTuple):
-    """An RMS norm found in a graph: what it norms, its weight and its epsilon."""
+    """An RMS norm found in a graph: what it norms as float32, its weight and its epsilon."""
 
-    x: Node
+    wide: Node
     weight: Node
     eps: float
+
+    @property
+    def x(self) -> Node:
+        """What it norms."""
+        return self.wide.args[0]
 
 
 def fold(module: GraphModule, suits: Callable[[Tensor], bool]) -> int:
@@ -54,7 +59,7 @@ def fold(module: GraphModule, suits: Callable[[Tensor], bool]) -> int:
             found = Neighbours(node, node)
         norm_weight, eps = None, 0.0
         if found.norm is not None:
-            x, norm_weight, eps = found.norm
+            x, norm_weight, eps = found.norm.x, found.norm.weight, found.norm.eps
         with module.graph.inserting_before(found.last):
             folded = module.graph.call_function(
                 torch.ops.graphattn.linear.default,
@@ -83,7 +88,7 @@ def _neighbours(node: Node) -> Neighbours:
     found = Neighbours(node, node)
     x = node.args[0]
     if (norm := _norm(x)) is not None and _value(norm.weight).dtype == _value(x).dtype == _value(norm.x).dtype:
-        found = found._replace(first=x.args[1].args[0].args[0], norm=norm)  # where what is normed was last read
+        found = found._replace(first=norm.wide, norm=norm)
     if (product := _gate(node)) is not None:
         found = found._replace(last=product, gated=True)
     if (total := _only_user(found.last, operator.add)) is not None:
@@ -138,7 +143,7 @@ def _norm(node: Node) -> Norm | None:
         return None
     if _value(weight).shape != _value(node).shape[-1:]:
         return None
-    return Norm(wide.args[0], weight, eps)
+    return Norm(wide, weight, eps)
 
 
 def _gate(node: Node) -> Node | None:

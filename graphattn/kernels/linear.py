@@ -65,7 +65,7 @@ def linear(
     """
     num_out, num_in = weight_NK.shape
     num_out = num_out // 2 if gated else num_out
-    x_MK = _rows(x)
+    x_MK, residual_MN = _rows(x), None if residual is None else _rows(residual)
     out = torch.empty((*x.shape[:-1], num_out), dtype=x.dtype, device=x.device)
     launch, chained = _launch(len(x_MK), num_out, gated), is_chained(x.device)
     with torch.cuda.device_of(x):
@@ -74,11 +74,11 @@ def linear(
             weight_NK,
             bias_N,
             norm_K,
-            None if residual is None else _rows(residual),
+            residual_MN,
             out,
             len(x_MK),
             x_MK.stride(0),
-            0 if residual is None else _rows(residual).stride(0),
+            0 if residual is None else residual_MN.stride(0),
             eps,
             IN=num_in,
             OUT=num_out,

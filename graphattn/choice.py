@@ -57,9 +57,8 @@ def best_ladder(
         >>> best_ladder(traffic, {1: 0.010, 2: 0.011, 3: 0.011, 4: 0.012, 8: 0.016}, max_buckets=2).sizes
         (3, 8)
     """
-    return best_ladders(traffic, step_seconds, bucket_bytes=bucket_bytes, max_buckets=max_buckets, max_bytes=max_bytes)[
-        -1
-    ]
+    limits = {"bucket_bytes": bucket_bytes, "max_buckets": max_buckets, "max_bytes": max_bytes}
+    return best_ladders(traffic, step_seconds, **limits)[-1]
 
 
 def best_ladders(

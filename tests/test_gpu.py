@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from dense import assert_close
 from tiny import FAMILIES, tiny
 
-from graphattn import LLM, BlockTable, SamplingParams
+from graphattn import LLM, BackendSpan, BlockTable, CaptureProfile, SamplingParams, StepTime
 from graphattn.batch import ragged_batch
 from graphattn.draw import sample
 from graphattn.engine.draws import Ask
@@ -129,6 +130,40 @@ def test_captured_is_eager_over_long_contexts_and_kept_plans(backend: str) -> No
                 for each in (plain, exact.float())
             ]
         assert_close(ours, *last, floor=2e-3)
+
+
+def test_two_backends_at_a_bucket_by_a_table(tmp_path: Path) -> None:
+    """Rows that grow from the tokens of one backend into the other's and back; each replay is its eager step."""
+    options = {"max_batch": 4, "buckets": [2, 4], "max_seq_len": 256, "num_pages": 80, "compile": False}
+    found = []
+    for backend in ("fused", "flashinfer"):
+        with LLM(small("llama"), **options, backend=backend) as llm:
+            seconds = sorted(llm.time_steps(4, 64, num_steps=5))
+            steps = [StepTime(context=64, p20=seconds[1], p50=seconds[2], p80=seconds[4])]
+            found.append(llm.profile({2: steps, 4: steps}))
+    merged = CaptureProfile.merge(found)
+    starts = {2: [(1, "flashinfer")], 4: [(1, "fused"), (50, "flashinfer"), (60, "fused")]}
+    buckets = tuple(
+        replace(each, spans=tuple(BackendSpan(context=at, backend=name) for at, name in starts[each.bucket]))
+        for each in merged.buckets
+    )
+    replace(merged, buckets=buckets).save(tmp_path / "two.json")
+    del options["buckets"]
+    with LLM(small("llama"), **options, capture_profile=tmp_path / "two.json") as llm:
+        runner = llm._executor.runner
+        captured = [(each.bucket, each.backend) for each in runner.captures]
+        assert captured == [(4, "fused"), (4, "flashinfer"), (2, "flashinfer")]
+        poison(llm)
+        rows = Rows(llm, [[1] * 40, [2] * 50, [3] * 30, [4] * 48])
+        rows.prefill()
+        for step in range(30):
+            feed = rows.feed([step, 2, 3, 4])
+            runner.verify(*feed)
+            assert runner.run(*feed)[0].isfinite().all()
+        assert runner.counts == {"replay": 60}
+        # The rows' tokens are 172 to 288, and 197 to 236 are 50 to 59 a row.
+        assert runner.served == {(4, "fused"): 2 * (7 + 13), (4, "flashinfer"): 2 * 10}
+        assert "2 flashinfer (0 steps), 4 fused from 1 and 60 tokens a row" in llm.explain()
 
 
 @pytest.mark.parametrize("backend", ["fused", "flashinfer"])
@@ -471,7 +506,7 @@ def test_plan_guard_runs_eager_counts_and_captures_anew() -> None:
         rows = Rows(llm, prompts(3, seed=4))
         rows.prefill()
         expected = runner.run(*rows.feed([5, 6, 7]))[0].clone()
-        prepared = runner._buckets[runner.ladder.pick(3)]
+        prepared = runner._buckets[runner.ladder.pick(3), "fused"]
         graph, prepared.signature = prepared.graph, ("another plan",)
         again = ([5, 6, 7], [len(row) for row in rows.tokens], [[table.pages for table in rows.tables]])
         assert torch.equal(runner.run(*again)[0], expected)

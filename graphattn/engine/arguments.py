@@ -14,6 +14,7 @@ from ..hf.load import load_model
 from ..plan import BACKENDS
 from ..profile import CaptureProfile
 from ..runner import CAPTURE_MODES
+from ..spans import BackendTable
 from ..spec import LAYOUTS
 
 
@@ -60,6 +61,23 @@ def ladder_for(max_batch: int, buckets: Sequence[int] | None, profile: CapturePr
             f"max_batch={profile.max_batch}, or measure a profile for {max_batch}"
         )
     return BucketLadder(profile.ladder)
+
+
+def backend_for(backend: str, profile: CaptureProfile | None) -> str | BackendTable:
+    """The backend asked for, or who serves each of the profile's buckets.
+
+    Raises:
+        InvalidArgumentError: a backend was asked for, and the profile has another one.
+    """
+    if profile is None:
+        return backend
+    named = sorted({span.backend for spans in profile.backends.values() for span in spans})
+    if backend != "auto" and named != [backend]:
+        raise InvalidArgumentError(
+            f"backend={backend!r} and a capture_profile whose buckets are served by {' and '.join(named)}: leave "
+            "backend out, or measure a profile with it alone"
+        )
+    return profile.backends
 
 
 def opened(model, tokenizer, *, dtype: torch.dtype | None, device: torch.device | str | None) -> tuple:

@@ -20,6 +20,7 @@ from ..pages import NULL_PAGE
 from ..plan import Planner
 from ..runner import DecodeRunner
 from ..sampling import RowSampling, SamplingParams
+from ..spans import BackendTable
 from ..spec import CacheSpec
 from ..state import StepState
 from .draws import GREEDY, RowDraws
@@ -39,7 +40,7 @@ class Executor:
         binding: Binding,
         cache: CacheSpec,
         *,
-        backend: str,
+        backend: str | BackendTable,
         enforce_eager: bool,
         compile: bool,
         capture: str,

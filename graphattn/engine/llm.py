@@ -17,10 +17,11 @@ from ..hf.binding import Binding
 from ..hf.load import end_token_ids
 from ..memory import Ledger
 from ..pages import PagePool
-from ..profile import CaptureProfile, StepTime, origin
+from ..profile import CaptureProfile, origin
 from ..sampling import SamplingParams
+from ..spans import StepTime
 from ..traffic import Traffic
-from .arguments import check_arguments, ladder_for, opened, vocab_size_of
+from .arguments import backend_for, check_arguments, ladder_for, opened, vocab_size_of
 from .engine import Engine
 from .executor import Executor
 from .explain import explain
@@ -45,8 +46,8 @@ class LLM:
         tokenizer: for a loaded model; without one, prompts are token ids and results have no text.
         dtype: of the weights when loading; None for what the file holds.
         device: where to load; None for CUDA where there is one.
-        backend: "auto" (the fused one or else FlashInfer on CUDA, the reference elsewhere), "fused", "flashinfer" or
-            "reference".
+        backend: "auto" (the profile's, or the fused one or else FlashInfer on CUDA, the reference elsewhere), "fused",
+            "flashinfer" or "reference".
         enforce_eager: no CUDA graphs. Steps still run at the buckets, with the same bits.
         compile: compile the step with Inductor; "auto" does on CUDA.
         capture: "all" buckets at start, or "lazy": the largest at start, others when first used.
@@ -60,8 +61,8 @@ class LLM:
             `max_batch` requests of `max_seq_len` can use).
         kv_dtype: of the cache; None, or the model's own dtype: no backend serves another one yet.
         layout: of a page: "NHD" (slots before heads), "HND" or "auto", which is NHD.
-        capture_profile: a file of `tools/capture.py` that the ladder is taken from, instead of `buckets`. Made for
-            another `max_batch`, model, page, device or version it is refused.
+        capture_profile: a file of `tools/capture.py` that the ladder and each bucket's backend are taken from. Made
+            for another `max_batch`, model, page, device or version it is refused.
         record_batches: a file that `close()` writes how many decode steps ran with how many rows into, as JSON
             (`{"schema_version": 1, "max_batch": 8, "steps": {"3": 120, ...}}`): what to choose `buckets` from.
         max_prefill_tokens: prompt tokens computed in one step; longer prompts are prefilled in chunks.
@@ -150,7 +151,7 @@ class LLM:
             self._executor = Executor(
                 binding,
                 cache,
-                backend=backend,
+                backend=backend_for(backend, profile),
                 enforce_eager=enforce_eager,
                 compile=model.device.type == "cuda" if compile == "auto" else compile,
                 capture=capture,
@@ -317,7 +318,7 @@ class LLM:
         """What capture took, to be saved for `capture_profile=`.
 
         Args:
-            step_times: what `time_steps` gave at each bucket, if that was measured.
+            step_times: what `time_steps` gave at each bucket, if measured; of the backend that serves that context.
             ladder: the buckets that a start from it captures, among those captured here; None for all.
 
         Raises:

@@ -136,9 +136,18 @@ class Planner:
         """The plans of a bucket, by the backend of that name; None for the first."""
         return StepPlan([each.decode_plan(state, bucket) for each in self._made[backend or self._first]])
 
-    def prefill(self) -> StepPlan:
-        """The plans of a ragged step."""
-        return StepPlan([backend.prefill_plan() for backend in self.backends])
+    def prefill(self, kernel: str = "auto", max_tokens: int = 0) -> StepPlan:
+        """The plans of a ragged step.
+
+        Args:
+            kernel: "auto", FlashInfer's "fa2" or "fa3"; "auto" is fa3 for batches that are large enough, if
+                `max_tokens` is, on a Hopper GPU, and fa2 for others.
+            max_tokens: query tokens of the largest batch.
+
+        Raises:
+            BackendError: the backend cannot compute prefill so, here; says why.
+        """
+        return StepPlan([backend.prefill_plan(kernel, max_tokens) for backend in self.backends])
 
     @property
     def not_capturable(self) -> list[str]:

@@ -238,6 +238,25 @@ def test_logits_within_twice_plain_torch(family: str, head_dim: int, backend: st
         _compare(llm, plain, exact, texts, floor=1e-3)
 
 
+def test_long_prompts_by_fa3() -> None:
+    """FlashInfer's prefill for Hopper, alone and in rows of any length; the same oracle."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("fa3 is for compute capability 9.0")
+    model, plain, exact = (small("llama", max_position_embeddings=4096) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 128, (length,), generator=generator).tolist() for length in (1, 5, 193, 700, 3000)]
+    with LLM(model, max_batch=8, num_pages=500, compile=False, prefill="fa3") as llm:
+        poison(llm)
+        ours = torch.cat(Rows(llm, texts).prefill())
+        assert "fa3 (2 batches)" in llm.explain()  # one of them at the start
+    with torch.no_grad():
+        by_model = [
+            torch.cat([each(torch.tensor([text], device="cuda")).logits[0] for text in texts])
+            for each in (plain, exact.float())
+        ]
+    assert_close(ours, *by_model, floor=1e-3)
+
+
 def _compare(llm: LLM, plain, exact, texts: list[list[int]], *, floor: float) -> None:
     halves = [(text[: (len(text) + 1) // 2], text[(len(text) + 1) // 2 :]) for text in texts]
     rows = Rows(llm, [head for head, _ in halves])

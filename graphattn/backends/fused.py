@@ -15,7 +15,7 @@ from ..batch import Batch
 from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
-from .base import Plan
+from .base import Plan, PrefillPlan
 from .flashinfer import FlashInferBackend
 
 WHOLE, FINE = 2048, 1024  # tokens: a chunk that would be longer than WHOLE is FINE long, if that many fit
@@ -49,8 +49,8 @@ class FusedBackend:
             self._workspaces[state] = allocate(self._spec, state)
         return DecodePlan(self._group, self._spec, self._cache, bucket, self._workspaces[state])
 
-    def prefill_plan(self) -> Plan:
-        return self._prefill.prefill_plan()
+    def prefill_plan(self, kernel: str = "auto", max_tokens: int = 0) -> PrefillPlan:
+        return self._prefill.prefill_plan(kernel, max_tokens)
 
     @property
     def num_bytes(self) -> int:

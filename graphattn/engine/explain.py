@@ -19,7 +19,7 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int) -> str:
     return "\n".join(
         (
             f"decode      {mode}, {compiled}",
-            f"prefill     no CUDA graphs, {compiled}",
+            f"prefill     no CUDA graphs, {compiled}; {executor.about_prefill}",
             f"backend     {', '.join(planner.all_names)} on {executor.device}",
             f"layers      {executor.num_layers} x {executor.binding.spec}",
             f"rope        {_rope(executor)}",

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from graphattn.ops import active_plans
     from graphattn.pages import BlockTable, PagePool
     from graphattn.plan import Planner
-    from graphattn.profile import BucketProfile, CaptureProfile, StepTime
+    from graphattn.profile import BackendProfile, BucketProfile, CaptureProfile
     from graphattn.runner import DecodeRunner
     from graphattn.sampling import SamplingParams
+    from graphattn.spans import BackendSpan, StepTime, best_spans
     from graphattn.spec import AttentionSpec, CacheSpec
     from graphattn.state import StepState
     from graphattn.traffic import Traffic
@@ -48,6 +49,8 @@ __all__ = [
     "Attention",
     "AttentionSpec",
     "BackendError",
+    "BackendProfile",
+    "BackendSpan",
     "BlockTable",
     "BucketError",
     "BucketLadder",
@@ -78,6 +81,7 @@ __all__ = [
     "active_plans",
     "best_ladder",
     "best_ladders",
+    "best_spans",
     "errors",
     "hf",
     "ragged_batch",
@@ -90,6 +94,8 @@ _MODULE_OF = {
     "Attention": "layer",
     "AttentionSpec": "spec",
     "BackendError": "errors",
+    "BackendProfile": "profile",
+    "BackendSpan": "spans",
     "BlockTable": "pages",
     "BucketError": "errors",
     "BucketLadder": "buckets",
@@ -113,12 +119,13 @@ _MODULE_OF = {
     "RequestOutput": "engine.request",
     "SamplingParams": "sampling",
     "StepState": "state",
-    "StepTime": "profile",
+    "StepTime": "spans",
     "Traffic": "traffic",
     "UnsupportedModelError": "errors",
     "active_plans": "ops",
     "best_ladder": "choice",
     "best_ladders": "choice",
+    "best_spans": "spans",
     "ragged_batch": "batch",
 }
 

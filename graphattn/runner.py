@@ -35,14 +35,16 @@ class Capture:
 
     Attributes:
         bucket: rows.
+        backend: who attends in it.
         seconds: planning, warm-up (with compilation, if the step compiles) and capture.
         pool_bytes: what the graph added to torch's private pool; 0 without CUDA graphs.
         driver_bytes: by how much the driver's free memory shrank beyond that.
 
-    A bucket that was captured anew counts all of its captures.
+    A bucket that was captured anew with the same backend counts all of its captures.
     """
 
     bucket: int
+    backend: str
     seconds: float
     pool_bytes: int = 0
     driver_bytes: int = 0
@@ -50,6 +52,7 @@ class Capture:
 
 @dataclass
 class _Bucket:
+    backend: str
     plan: StepPlan
     token_ids_B: Tensor
     positions_B: Tensor
@@ -72,9 +75,10 @@ class DecodeRunner:
         capture: "all" captures every bucket in `capture()`; "lazy" the largest there, others when first used.
 
     Attributes:
-        captures: a `Capture` per captured bucket, in order.
+        captures: a `Capture` per captured bucket and backend, in order.
         counts: steps by how they ran: "replay", "eager", and "guard" (a plan that no longer matched its capture).
         rows: steps by the number of rows asked for, padding left out.
+        served: steps by bucket and backend.
 
     Raises:
         BackendError: a CUDA graph was asked of a backend that cannot be captured.
@@ -105,16 +109,17 @@ class DecodeRunner:
         if capture not in CAPTURE_MODES:
             raise InvalidArgumentError(f"capture={capture!r}: choose {' or '.join(CAPTURE_MODES)}")
         self.uses_graphs = state.device.type == "cuda" and not enforce_eager
-        if self.uses_graphs and not planner.capturable:
+        if self.uses_graphs and planner.not_capturable:
             raise BackendError(
-                f"backend {planner.backends[0].name} cannot run inside a CUDA graph: pass enforce_eager=True"
+                f"backend {planner.not_capturable[0]} cannot run inside a CUDA graph: pass enforce_eager=True"
             )
         self.state, self.planner, self.ladder = state, planner, ladder
         self.captures: list[Capture] = []
         self.counts: Counter[str] = Counter()
         self.rows: Counter[int] = Counter()
+        self.served: Counter[tuple[int, str]] = Counter()
         self._step_fn, self._lazy = step_fn, capture == "lazy"
-        self._buckets: dict[int, _Bucket] = {}
+        self._buckets: dict[tuple[int, str], _Bucket] = {}
         self._outputs: tuple[Tensor, ...] = ()
         self._single = self._is_closed = False
         self._pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
@@ -134,9 +139,11 @@ class DecodeRunner:
         Returns:
             What each bucket took.
         """
+        self._check_open()
         sizes = sorted(self.ladder, reverse=True)[: 1 if self._lazy else None]
         for done, bucket in enumerate(sizes, start=1):
-            self._prepare(bucket)
+            for backend in self.planner.names(bucket):
+                self._prepare(bucket, backend)
             if progress is not None:
                 progress(done, len(sizes))
         return self.captures
@@ -173,11 +180,12 @@ class DecodeRunner:
             CaptureError: a bucket that is captured now could not be.
         """
         bucket = self.ladder.pick(len(token_ids))
-        prepared = self._prepare(bucket)
+        prepared = self._for(bucket, seq_lens)
         num_pages = self.planner.cache.num_pages
         batch = self.state.stage(bucket, token_ids, seq_lens, tables, drawn=drawn, num_pages=num_pages)
         prepared.plan.plan(batch)
         self.rows[len(token_ids)] += 1
+        self.served[bucket, prepared.backend] += 1
         if prepared.graph is None or eager:
             self.counts["eager"] += 1
             self._call(prepared)
@@ -192,13 +200,6 @@ class DecodeRunner:
             self._call(prepared)
         return self._result(len(token_ids))
 
-    def bucket_steps(self) -> dict[int, int]:
-        """Steps run at each bucket of the ladder."""
-        steps = dict.fromkeys(self.ladder, 0)
-        for num_rows, count in self.rows.items():
-            steps[self.ladder.pick(num_rows)] += count
-        return steps
-
     def verify(
         self, token_ids: Sequence[int], seq_lens: Sequence[int], tables: Sequence[Sequence[Sequence[int]]]
     ) -> None:
@@ -211,7 +212,7 @@ class DecodeRunner:
         replayed = [output.clone() for output in (replayed if isinstance(replayed, tuple) else (replayed,))]
         bucket = self.ladder.pick(len(token_ids))
         self.state.stage(bucket, token_ids, seq_lens, tables, num_pages=self.planner.cache.num_pages)
-        self._call(self._buckets[bucket])
+        self._call(self._for(bucket, seq_lens))
         for index, (output, eager) in enumerate(zip(replayed, self._outputs, strict=True)):
             bits, eager_bits = (each.unsqueeze(-1).view(torch.uint8) for each in (output, eager[: len(token_ids)]))
             differs = bits != eager_bits
@@ -232,23 +233,30 @@ class DecodeRunner:
         for name in ("state", "planner", "_step_fn"):
             vars(self).pop(name, None)
 
-    def _prepare(self, bucket: int) -> _Bucket:
+    def _check_open(self) -> None:
         if self._is_closed:
             raise CaptureError("the runner is closed, its graphs are freed: make a new one")
-        if bucket in self._buckets:
-            return self._buckets[bucket]
+
+    def _for(self, bucket: int, seq_lens: Sequence[int]) -> _Bucket:
+        """The bucket with the backend that serves these rows."""
+        self._check_open()
+        return self._prepare(bucket, self.planner.backend_for(bucket, seq_lens))
+
+    def _prepare(self, bucket: int, backend: str) -> _Bucket:
+        if (bucket, backend) in self._buckets:
+            return self._buckets[bucket, backend]
         started = time.perf_counter()
-        prepared = _Bucket(
-            self.planner.decode(self.state, bucket), self.state.token_ids(bucket), self.state.positions(bucket)
-        )
+        plan = self.planner.decode(self.state, bucket, backend)
+        prepared = _Bucket(backend, plan, self.state.token_ids(bucket), self.state.positions(bucket))
         with self._rehearsal(bucket) as batch:
             prepared.plan.plan(batch)
             self._allocate_outputs(prepared, bucket)
         if self.uses_graphs:
             self._capture_graph(bucket, prepared, started)
         else:
-            self.captures.append(Capture(bucket=bucket, seconds=time.perf_counter() - started))
-        self._buckets[bucket] = prepared
+            seconds = time.perf_counter() - started
+            self.captures.append(Capture(bucket=bucket, backend=backend, seconds=seconds))
+        self._buckets[bucket, backend] = prepared
         return prepared
 
     @contextmanager
@@ -322,11 +330,13 @@ class DecodeRunner:
         prepared.graph, prepared.signature = graph, prepared.plan.signature
         pool_bytes = torch.cuda.memory_reserved(device) - reserved
         driver_bytes = free - torch.cuda.mem_get_info(device)[0] - pool_bytes
-        earlier = [capture for capture in self.captures if capture.bucket == bucket]
-        self.captures = [capture for capture in self.captures if capture.bucket != bucket]
+        key = (bucket, prepared.backend)
+        earlier = [capture for capture in self.captures if (capture.bucket, capture.backend) == key]
+        self.captures = [capture for capture in self.captures if (capture.bucket, capture.backend) != key]
         self.captures.append(
             Capture(
                 bucket=bucket,
+                backend=prepared.backend,
                 seconds=time.perf_counter() - started + sum(capture.seconds for capture in earlier),
                 pool_bytes=max(pool_bytes, 0) + sum(capture.pool_bytes for capture in earlier),
                 driver_bytes=max(driver_bytes, 0) + sum(capture.driver_bytes for capture in earlier),

@@ -1003,7 +1003,7 @@ def test_explain_says_what_is_in_force() -> None:
         assert lines["decode"] == "eager (no CUDA graphs), not compiled"
         assert lines["backend"] == "reference on cpu" and lines["linears"] == "all by torch"
         assert lines["layers"].startswith("1 x AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=8")
-        steps_at = dict(re.findall(r"(\d+) \((\d+) steps\)", lines["buckets"]))
+        steps_at = dict(re.findall(r"(\d+) reference \((\d+) steps\)", lines["buckets"]))
         assert list(steps_at) == ["1", "2", "4", "6"] and sum(map(int, steps_at.values())) == run_steps
         assert lines["pages"] == f"24 of 4 tokens (NHD), 0 in use, {llm.pool.num_cached} cached; max_seq_len 64"
         assert lines["steps"].startswith(f"0 replayed, {run_steps} eager, 0 stopped by the plan guard; ")

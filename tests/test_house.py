@@ -34,6 +34,7 @@ ORDER = (
     "document",
     "traffic",
     "choice",
+    "spans",
     "pages",
     "cache",
     "batch",

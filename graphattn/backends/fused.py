@@ -15,12 +15,12 @@ from ..batch import Batch
 from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
-from .base import Plan
+from .base import Plan, PrefillPlan
 from .flashinfer import FlashInferBackend
 
 WHOLE, FINE = 2048, 1024  # tokens: a chunk that would be longer than WHOLE is FINE long, if that many fit
-BLOCK = 64  # tokens that a program reads at once
-HEAD_DIMS = (64, 128)
+# Tokens that a program reads at once, by head_dim: 32 KiB at 128 and 256. Twice that at 256 would spill registers.
+BLOCKS = {64: 64, 128: 64, 256: 32}
 MAX_GROUP_SIZE = 16
 
 
@@ -38,35 +38,35 @@ class FusedBackend:
     @staticmethod
     def rejections(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> list[str]:
         reasons = [f"its prefill: {reason}" for reason in FlashInferBackend.rejections(spec, cache, device)]
-        if spec.head_dim not in HEAD_DIMS:
-            reasons.append(f"head_dim {spec.head_dim}: its decode kernel is for {' and '.join(map(str, HEAD_DIMS))}")
+        if spec.head_dim not in BLOCKS:
+            reasons.append(f"head_dim {spec.head_dim}: its decode kernel is for {', '.join(map(str, BLOCKS))}")
         if spec.group_size > MAX_GROUP_SIZE:
             reasons.append(f"{spec.group_size} query heads share a kv head: its decode kernel takes {MAX_GROUP_SIZE}")
         return reasons
 
     def decode_plan(self, state: StepState, bucket: int) -> Plan:
         if state not in self._workspaces:
-            self._workspaces[state] = self._allocate(state)
+            self._workspaces[state] = allocate(self._spec, state)
         return DecodePlan(self._group, self._spec, self._cache, bucket, self._workspaces[state])
 
-    def prefill_plan(self) -> Plan:
-        return self._prefill.prefill_plan()
+    def prefill_plan(self, kernel: str = "auto", max_tokens: int = 0) -> PrefillPlan:
+        return self._prefill.prefill_plan(kernel, max_tokens)
 
     @property
     def num_bytes(self) -> int:
         return self._prefill.num_bytes + sum(buffer.nbytes for each in self._workspaces.values() for buffer in each)
 
-    def _allocate(self, state: StepState) -> tuple[Tensor, Tensor, Tensor]:
-        """Parts of rows that are split, their maxima and sums, and how many parts of each row and kv head are done."""
-        spec = self._spec
-        parts = max(rows * split(rows * spec.num_kv_heads).splits for rows in range(1, state.max_batch + 1))
-        floats = {"dtype": torch.float32, "device": state.device}
-        with torch.inference_mode(False):
-            return (
-                torch.empty(parts * spec.num_heads * spec.head_dim, **floats),
-                torch.empty(parts * spec.num_heads * 2, **floats),
-                torch.zeros(state.max_batch * spec.num_kv_heads, dtype=torch.int32, device=state.device),
-            )
+
+def allocate(spec: AttentionSpec, state: StepState) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts of rows that are split, their maxima and sums, and how many parts of each row and kv head are done."""
+    parts = max(rows * split(rows * spec.num_kv_heads).splits for rows in range(1, state.max_batch + 1))
+    floats = {"dtype": torch.float32, "device": state.device}
+    with torch.inference_mode(False):
+        return (
+            torch.empty(parts * spec.num_heads * spec.head_dim, **floats),
+            torch.empty(parts * spec.num_heads * 2, **floats),
+            torch.zeros(state.max_batch * spec.num_kv_heads, dtype=torch.int32, device=state.device),
+        )
 
 
 class Split(NamedTuple):
@@ -166,7 +166,7 @@ class DecodePlan:
                 ROWS=16,
                 HALF=spec.head_dim // 2,
                 PAGE=self._cache.page_size,
-                BLOCK=BLOCK,
+                BLOCK=BLOCKS[spec.head_dim],
                 SPLITS=self._split.splits,
                 NEAR=self._split.near,
                 WHOLE=WHOLE,

@@ -20,6 +20,7 @@ from ..pages import NULL_PAGE
 from ..plan import Planner
 from ..runner import DecodeRunner
 from ..sampling import RowSampling, SamplingParams
+from ..spans import BackendTable
 from ..spec import CacheSpec
 from ..state import StepState
 from .draws import GREEDY, RowDraws
@@ -39,7 +40,7 @@ class Executor:
         binding: Binding,
         cache: CacheSpec,
         *,
-        backend: str,
+        backend: str | BackendTable,
         enforce_eager: bool,
         compile: bool,
         capture: str,
@@ -65,7 +66,6 @@ class Executor:
         self.runner = DecodeRunner(
             self.step, self.state, self.planner, ladder=ladder, enforce_eager=enforce_eager, capture=capture
         )
-        self._prefill_plan = self.planner.prefill()
         self._weights = [
             (tensors, name)
             for module in self.model.modules()
@@ -79,8 +79,18 @@ class Executor:
         ]
         self._addresses = self._read_addresses()
 
-    def capture(self, max_prefill_tokens: int, progress: Callable[[int, int], None] | None = None) -> None:
-        """Prepares every bucket (or the largest, if lazily), and what draws outside them."""
+    def capture(
+        self, prefill: str, max_prefill_tokens: int, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Prepares prefill, every bucket (or the largest, if lazily), and what draws outside them.
+
+        Args:
+            prefill: which kernels compute it, as `Planner.prefill` takes it.
+            max_prefill_tokens: of one step.
+            progress: called as `progress(done, total)` after each bucket.
+        """
+        longest = min(max_prefill_tokens, self.state.max_batch * self.state.max_seq_len)
+        self._prefill_plan = self.planner.prefill(prefill, longest)
         self.runner.capture(progress)
         if self.device.type == "cuda":
             # Kernels are compiled at their first call, which no request should wait for.
@@ -89,6 +99,11 @@ class Executor:
             for params in (SamplingParams(), SamplingParams(min_p=0.5), SamplingParams(top_p=0.5)):
                 sample(logits, [RowSampling(params, seed=0, position=0)])
             self._warm_up(max_prefill_tokens)
+
+    @property
+    def about_prefill(self) -> str:
+        """Which kernels compute it, and why no others do."""
+        return "; ".join(dict.fromkeys(plan.about for plan in self._prefill_plan.groups))
 
     def prefill(self, chunks: Sequence[Chunk]) -> Flight | None:
         """Computes the next tokens of each request; draws one for each chunk that completes its request's tokens.

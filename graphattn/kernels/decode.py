@@ -50,7 +50,8 @@ def _merge(
     SPLITS: tl.constexpr,
 ):
     """Adds a row's chunks up, as many side by side as registers hold: each waits for memory only once."""
-    SIDE: tl.constexpr = SPLITS if SPLITS * HEADS * HALF <= 8192 else 8192 // (HEADS * HALF)
+    FLOATS: tl.constexpr = 8192 if HEADS * HALF <= 512 else 4096
+    SIDE: tl.constexpr = SPLITS if SPLITS * HEADS * HALF <= FLOATS else FLOATS // (HEADS * HALF)
     h, d, s = tl.arange(0, HEADS), tl.arange(0, HALF), tl.arange(0, SPLITS)
     place_SH = (counter * SPLITS + s[:, None]) * GROUP + h[None, :]
     is_part = (s[:, None] < used) & (h[None, :] < GROUP)

@@ -7,6 +7,8 @@ Suffix letters: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ def suits(weight_NK: Tensor) -> bool:
     num_out, num_in = weight_NK.shape
     return (
         is_chained(weight_NK.device)
+        and find_spec("triton.experimental.gluon") is not None
         and weight_NK.dtype in DTYPES
         and weight_NK.is_contiguous()
         and num_out % 32 == 0

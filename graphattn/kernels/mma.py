@@ -14,6 +14,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra import cuda
 
+from .axes import along
+
 
 @gluon.jit
 def few_rows(
@@ -45,8 +47,8 @@ def few_rows(
     rhs: gl.constexpr = gl.DotOperandLayout(1, products, k_width=8)
     first_n = gl.program_id(0) * BLOCK_OUT
 
-    s, k = _along(gl.arange(0, WARPS, _only(rhs, 0)) * PART, 0), _along(gl.arange(0, BLOCK_IN, _only(rhs, 1)), 1)
-    n = _along(first_n + gl.arange(0, BLOCK_OUT, _only(rhs, 2)), 2)
+    s, k = along(0, WARPS, 0, rhs) * PART, along(0, BLOCK_IN, 1, rhs)
+    n = first_n + along(0, BLOCK_OUT, 2, rhs)
     weight_SKN = weight + n.to(gl.int64) * IN + (s + k)
     tiles, ups = (), ()
     for block in gl.static_range(HELD):
@@ -57,8 +59,8 @@ def few_rows(
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
 
-    s, k = _along(gl.arange(0, WARPS, _only(lhs, 0)) * PART, 0), _along(gl.arange(0, BLOCK_IN, _only(lhs, 2)), 2)
-    m = _along(gl.arange(0, ROWS, _only(lhs, 1)), 1)
+    s, k = along(0, WARPS, 0, lhs) * PART, along(0, BLOCK_IN, 2, lhs)
+    m = along(0, ROWS, 1, lhs)
     x_SMK = x + m * stride_x + (s + k)
     acc_SMN = gl.zeros([WARPS, ROWS, BLOCK_OUT], gl.float32, products)
     up_acc_SMN = gl.zeros([WARPS, ROWS, BLOCK_OUT], gl.float32, products)
@@ -97,21 +99,3 @@ def few_rows(
     if residual is not None:
         result_MN += gl.load(residual + m * stride_residual + n, mask=m < num_rows, other=0.0).to(gl.float32)
     gl.store(out + m * OUT + n, result_MN.to(out.dtype.element_ty), mask=m < num_rows)
-
-
-@gluon.constexpr_function
-def _only(layout, dim):
-    """The layout of dimension `dim` alone."""
-    for other in (2, 1, 0):
-        if other != dim:
-            layout = gl.SliceLayout(other, layout)
-    return layout
-
-
-@gluon.jit
-def _along(x, dim: gl.constexpr):
-    """`x` as dimension `dim` of three."""
-    for other in gl.static_range(3):
-        if other != dim:
-            x = gl.expand_dims(x, other)
-    return x

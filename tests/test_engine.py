@@ -27,7 +27,7 @@ from graphattn import (
     SamplingParams,
     UnsupportedModelError,
 )
-from graphattn.draw import derive_seed
+from graphattn.draw import derive_seed, sample
 from graphattn.engine.engine import Engine
 from graphattn.hf import attach
 from graphattn.plan import choose_backend
@@ -391,7 +391,7 @@ def test_logprobs_are_the_models_own(seed: int | None) -> None:
 
 
 def test_requests_of_every_kind_share_a_step() -> None:
-    """Drawn in the step or after it, below and above min_tokens: each gets what it gets alone."""
+    """Below and above min_tokens, with anything that can be asked: each gets what it gets alone."""
     kinds = (
         {"temperature": 0},
         {"temperature": 1.3},
@@ -416,13 +416,21 @@ def test_requests_of_every_kind_share_a_step() -> None:
             assert entry == pytest.approx(lone_entry, abs=1e-9)
 
 
-def test_temperature_and_min_p_are_drawn_in_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphattn.engine.executor.sample_again", _interrupt)
+def test_every_token_but_the_first_is_drawn_in_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    outside = []
+    monkeypatch.setattr(
+        "graphattn.engine.executor.sample", lambda logits, rows: outside.extend(rows) or sample(logits, rows)
+    )
+    everything = {"top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3, "logprobs": 2, "min_tokens": 5}
+    everything |= {"seed": 2, "max_tokens": 14, "stop_token_ids": range(90)}
     with LLM(small(), max_batch=4, num_pages=60) as llm:
-        for params in (greedy(), SamplingParams(temperature=0.8, seed=1, max_tokens=12), SamplingParams(min_p=0.1)):
+        for params in (
+            greedy(),
+            seeded(1),
+            SamplingParams(seed=2, max_tokens=14, stop_token_ids=range(90), **everything),
+        ):
             llm.generate(PROMPTS[:5], params)
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate(PROMPTS[:5], seeded(1))
+    assert len(outside) == 3 * 3  # two prompts of one token have nothing to prefill
 
 
 def test_rows_that_go_on_are_not_sent(overlap: bool) -> None:

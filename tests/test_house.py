@@ -52,6 +52,8 @@ ORDER = (
     "memory",
     "profile",
     "sampling",
+    "noise",
+    "filters",
     "draw",
     "runner",
     "hf",

@@ -74,7 +74,7 @@ def sample(logits: Tensor, rows: Sequence[RowSampling]) -> Sampled:
     if not any(ask.temperature for ask in asks):
         token_ids = edited.argmax(-1)
     else:
-        numbers = np.vstack((packed(asks), np.array([row.position for row in rows], np.int64)))
+        numbers = np.vstack((packed(asks), np.array([row.position - 1 for row in rows], np.int64)))
         sent = upload(numbers, np.int64, logits.device)
         asks_FB, positions_B = sent[:-1], sent[-1]
         if draws_in_kernel(edited.dtype, edited.device):
@@ -83,7 +83,7 @@ def sample(logits: Tensor, rows: Sequence[RowSampling]) -> Sampled:
             token_ids = draw_gumbel(edited, asks_FB, positions_B)
         else:
             kinds = [(upload(like, np.int64, logits.device), count) for like, count in alike(asks, logits.shape[1])]
-            token_ids = draw_plainly(edited, asks_FB, positions_B, kinds)
+            token_ids = draw_plainly(edited, asks_FB, positions_B + 1, kinds)
     return with_logprobs(token_ids, logits, [row.params.logprobs for row in rows])
 
 

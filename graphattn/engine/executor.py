@@ -92,9 +92,11 @@ class Executor:
         if self.device.type == "cuda":
             # Kernels are compiled at their first call, which no request should wait for.
             vocab = self.model.get_input_embeddings().num_embeddings
-            logits = torch.zeros(1, vocab, dtype=self.model.dtype, device=self.device)
-            for params in (SamplingParams(), SamplingParams(min_p=0.5), SamplingParams(top_p=0.5)):
-                sample(logits, [RowSampling(params, seed=0, position=0)])
+            for count in (1, self.state.max_batch):
+                logits = torch.zeros(count, vocab, dtype=self.model.dtype, device=self.device)
+                for penalty in (1.0, 2.0):
+                    params = SamplingParams(repetition_penalty=penalty)
+                    sample(logits, [RowSampling(params, seed=0, position=0, seen=(0,))] * count)
             self._warm_up(max_prefill_tokens)
 
     def prefill(self, chunks: Sequence[Chunk]) -> Flight | None:

@@ -48,14 +48,3 @@ def weight(x, peak, BITS: tl.constexpr):
     total = total * (r * r) + r + 1.0
     shift = power.to(tl.int32) + (BITS - 23)
     return ((total * 8388608.0).to(tl.int64) << tl.maximum(shift, 0).to(tl.int64)) >> tl.maximum(-shift, 0).to(tl.int64)
-
-
-@triton.jit
-def least_of_top(ranks, count, high, STEPS: tl.constexpr):
-    """A rank that at least `count` of the ranks reach, and after 32 steps the highest such; the lowest if there is none."""
-    low = LOWEST
-    for _ in range(STEPS):
-        middle = upper_half(low, high)
-        enough = tl.sum((ranks >= middle).to(tl.int32), 0) >= count
-        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
-    return low

@@ -163,13 +163,16 @@ def test_filters_keep_what_those_of_sample_keep(vocab: int):
 
 @runs
 @quiet
-@pytest.mark.parametrize("room", [8, 1000])
-@pytest.mark.parametrize("kind", ["ties", "flat", "rising", "steep", "holes", "infinite", "zeros", "nothing"])
+@pytest.mark.parametrize(
+    ("kind", "room"),
+    [("ties", 8), ("flat", 8), ("rising", 1000), ("steep", 8), ("holes", 1000), ("infinite", 8), ("zeros", 1000)]
+    + [("nothing", 8), ("normal", 8)],
+)
 def test_thresholds_are_exact_whatever_is_held(kind: str, room: int, monkeypatch: pytest.MonkeyPatch):
     """With more than there is room for and without, in many blocks of everything."""
     for name, size in (*SMALL, ("_ROOM", room)):
         monkeypatch.setattr(kernels, name, size)
-    count, vocab = len(EVERYTHING), 150
+    count, vocab = len(EVERYTHING), 110
     logits = normal(count, vocab, seed=room)
     match kind:
         case "ties":
@@ -235,6 +238,7 @@ def weigh(x_ptr, peak, out_ptr, BITS: tl.constexpr, SIZE: tl.constexpr):
 @quiet
 @pytest.mark.parametrize("peak", [0.0, 17.25, -3e38, 3e38, INF])
 def test_weights_are_those_of_filters_bit_by_bit(peak: float):
+    peak = float(np.float32(peak))
     x = (peak if peak < INF else 3e38) - normal(4096, seed=3, scale=12.0).abs()
     x[:9] = torch.tensor([peak, -INF, -3e38, 0.0, peak, 1.0, -1.0, 5e-39, -5e-39]).clamp(max=peak)
     out = torch.empty(4096, dtype=torch.int64, device=DEVICE)

@@ -52,7 +52,7 @@ class RowDraws:
 
     def __init__(self, drawn_R: Tensor, *, max_batch: int, vocab: int, dtype: torch.dtype):
         self._drawn_R, device = drawn_R, drawn_R.device
-        self._in_kernel = draws_in_kernel(dtype, device)
+        self._in_kernel, self._reads = draws_in_kernel(dtype, device), device.type == "cpu"
         self._mirror = Mirror(len(Ask._fields), max_batch, dtype=torch.int64, device=device)
         self._sets = IdSets(max_batch, vocab, device)
         self._rows = torch.arange(max_batch, device=device)
@@ -125,7 +125,7 @@ class RowDraws:
         self, logits_BV: Tensor, asks_FB: Tensor, token_ids_B: Tensor, positions_B: Tensor, drawn_B: Tensor
     ) -> Tensor:
         """On a CPU reads back who asks for what; elsewhere all rows take the longest way, which can be captured."""
-        (num_rows, vocab), reads = logits_BV.shape, logits_BV.device.type == "cpu"
+        (num_rows, vocab), reads = logits_BV.shape, self._reads
         seen_BW, banned_BW = self._sets.words_2RW[:, :num_rows]
         penalty_B, banned_until_B = (asks_FB[at].view(torch.float64) for at in (_PENALTY, _BANNED_UNTIL))
         is_banned_B, is_penalised_B = positions_B + 1 < banned_until_B, penalty_B != 1

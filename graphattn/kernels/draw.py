@@ -24,6 +24,7 @@ _BLOCK, _CHUNK = 1024, 256
 _WIDE = 2048  # elements looked through at once by the program that draws
 _ROOM = 4096  # of what reaches a row's bound; a row with more is looked through again and again
 _MAX_SPLITS, _FEW_ROWS = 16, 8  # few rows fill no device, and are split into four times as many parts
+_REGISTERS = 80  # of a thread in the second pass; for more, filters keep rows without them from filling the device
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NUM_FIELDS = 7  # of an `Ask`
 
@@ -120,7 +121,7 @@ def draw_gumbel(
     with torch.cuda.device_of(logits_BV):  # Triton launches on the current device
         grid = num_rows, num_splits
         survey[grid](*source, peak_BC, mass_BC, count_B, num_chunks, span, **parts, enable_fp_fusion=False)
-        gather[grid](*source, *found, span, **parts, **sizes)
+        gather[grid](*source, *found, span, **parts, **sizes, maxnreg=_REGISTERS)
         splits = {"SPLITS": triton.next_power_of_2(num_splits)}
         choose[(num_rows,)](
             *source, *found, drawn_ids_B, drawn_B, num_splits, BLOCK=_WIDE, **splits, **sizes, num_warps=8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,10 @@ from tiny import FAMILIES, tiny
 from graphattn import LLM, BackendSpan, BlockTable, CaptureProfile, SamplingParams, StepTime
 from graphattn.batch import ragged_batch
 from graphattn.draw import sample
-from graphattn.engine.draws import Ask
 from graphattn.errors import BackendError, CaptureError
 from graphattn.mirror import UNKNOWN
 from graphattn.ops import active_plans
-from graphattn.sampling import RowSampling
+from graphattn.sampling import Ask, RowSampling
 
 pytestmark = pytest.mark.gpu
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -387,7 +387,9 @@ def test_nothing_on_the_step_path_waits_for_the_device() -> None:
             torch.cuda.set_sync_debug_mode(previous)
         torch.cuda.synchronize()
         for text in prompts(6, seed=2):
-            llm.add_request(text, SamplingParams(temperature=0.8, top_p=0.9, max_tokens=30, logprobs=2, seed=1))
+            everything = {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
+            everything |= {"min_tokens": 4, "stop_token_ids": (1, 2, 3), "logprobs": 2}
+            llm.add_request(text, SamplingParams(max_tokens=30, seed=1, **everything))
         llm.step()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -443,22 +445,41 @@ def test_captured_steps_move_on_by_themselves(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_draws_in_the_graph_are_those_of_sample(dtype: torch.dtype) -> None:
-    """Greedy, with a temperature and with min-p, at full and padded buckets, rows changing between steps."""
-    kinds = ({"temperature": 0}, {}, {"temperature": 0.6}, {"temperature": 1.5, "min_p": 0.1}, {"top_k": 1})
+    """With anything that can be asked, at full and padded buckets, rows changing between steps."""
+    kinds = (
+        {"temperature": 0},
+        {},
+        {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1},
+        {"temperature": 1.5, "min_p": 0.1},
+        {"top_k": 1},
+        {"top_p": 0.8},
+        {"temperature": 0, "repetition_penalty": 1.4},
+        {"top_k": 7, "min_p": 0.05},
+    )
+    stops = frozenset(range(0, 128, 3))
     with LLM(small("llama", dtype=dtype), max_batch=16, max_seq_len=256, compile=False) as llm:
         runner, row_draws = llm._executor.runner, llm._executor._draws
         for num_rows in (1, 3, 8, 11, 16):
             rows = Rows(llm, prompts(num_rows, seed=num_rows))
             rows.prefill()
             fed = [row % 128 for row in range(num_rows)]
-            for step in range(12):
+            for step in range(16):
                 feed = rows.feed(fed)
-                asked = [
-                    RowSampling(SamplingParams(**kinds[(row + step // 4) % len(kinds)]), 2**62 + 97 * row, len(tokens))
-                    for row, tokens in enumerate(rows.tokens)
+                if step % 4 == 0:
+                    params = [SamplingParams(**kinds[(row + step // 4) % len(kinds)]) for row in range(num_rows)]
+                    until = [len(tokens) + row % 3 for row, tokens in enumerate(rows.tokens)]
+                    asks = [Ask.of(one, 2**62 + 97 * row, until[row]) for row, one in enumerate(params)]
+                drawing = [
+                    SimpleNamespace(ask=ask, tokens=tokens, stop_ids=stops)
+                    for ask, tokens in zip(asks, rows.tokens, strict=True)
                 ]
-                row_draws.stage([Ask.of(row.params, row.seed) for row in asked])
-                logits, ids = runner.run(*feed)
+                asked = [
+                    RowSampling(params[row], 2**62 + 97 * row, len(tokens), tokens, stops if banned else ())
+                    for row, tokens in enumerate(rows.tokens)
+                    for banned in (len(tokens) < until[row],)
+                ]
+                with row_draws.staged(drawing):
+                    logits, ids = runner.run(*feed)
                 expected = sample(logits.clone(), asked).token_ids
                 assert torch.equal(ids, expected)
                 assert torch.equal(llm._executor.state.drawn[0, :num_rows], expected.int())
@@ -469,7 +490,7 @@ def test_draws_in_the_graph_are_those_of_sample(dtype: torch.dtype) -> None:
 
 
 def test_requests_of_every_kind_share_a_captured_step() -> None:
-    """Drawn in the graph or after it, at one bucket: with and without overlap, and beside others or not, the same."""
+    """At one bucket, with and without overlap, and beside others or not, the same."""
     kinds = (
         {"temperature": 0},
         {"temperature": 0.7},

@@ -53,6 +53,8 @@ ORDER = (
     "memory",
     "profile",
     "sampling",
+    "noise",
+    "filters",
     "draw",
     "runner",
     "hf",

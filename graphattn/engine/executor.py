@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..batch import Batch, ragged_batch
 from ..buckets import BucketLadder
 from ..cache import KVCache
-from ..draw import Sampled, sample, sample_again
+from ..draw import Sampled, sample, with_logprobs
 from ..errors import CaptureError, InvalidArgumentError
 from ..hf.binding import IMPLEMENTATION, Binding
 from ..layer import Attention
@@ -19,11 +20,12 @@ from ..ops import active_plans
 from ..pages import NULL_PAGE
 from ..plan import Planner
 from ..runner import DecodeRunner
-from ..sampling import RowSampling, SamplingParams
+from ..sampling import Ask, RowSampling, SamplingParams
 from ..spans import BackendTable
 from ..spec import CacheSpec
 from ..state import StepState
-from .draws import GREEDY, RowDraws
+from .arguments import vocab_size_of
+from .draws import RowDraws
 from .flight import Flight
 from .request import Request
 from .scheduler import Chunk
@@ -60,7 +62,12 @@ class Executor:
             groups=groups,
             device=self.device,
         )
-        self._draws = RowDraws(self.state.drawn[DECODED], max_batch=ladder.max, dtype=self.model.dtype)
+        self._draws = RowDraws(
+            self.state.drawn[DECODED],
+            max_batch=ladder.max,
+            vocab=vocab_size_of(self.model),
+            dtype=self.model.dtype,
+        )
         self._rows: list[Request] = []  # who decoded where in the last step
         self.step = ModelStep(self.model, compile=compile, max_batch=ladder.max, draw=self._draws)
         self.runner = DecodeRunner(
@@ -95,9 +102,11 @@ class Executor:
         if self.device.type == "cuda":
             # Kernels are compiled at their first call, which no request should wait for.
             vocab = self.model.get_input_embeddings().num_embeddings
-            logits = torch.zeros(1, vocab, dtype=self.model.dtype, device=self.device)
-            for params in (SamplingParams(), SamplingParams(min_p=0.5), SamplingParams(top_p=0.5)):
-                sample(logits, [RowSampling(params, seed=0, position=0)])
+            for count in (1, self.state.max_batch):
+                logits = torch.zeros(count, vocab, dtype=self.model.dtype, device=self.device)
+                for penalty in (1.0, 2.0):
+                    params = SamplingParams(repetition_penalty=penalty)
+                    sample(logits, [RowSampling(params, seed=0, position=0, seen=(0,))] * count)
             self._warm_up(max_prefill_tokens)
 
     @property
@@ -137,29 +146,23 @@ class Executor:
     def decode(self, requests: Sequence[Request]) -> Flight:
         """One token for each request, at the bucket that holds them."""
         self._rows = rows = seated(self._rows, requests)
-        self._draws.stage([request.ask for request in rows])
-        logits_BV, token_ids_B = self.runner.run(
-            [request.tokens[-1] for request in rows],
-            [len(request.tokens) for request in rows],
-            [[request.table.pages for request in rows]],
-            [request.drawn_at if request.num_unread else None for request in rows],
-        )
+        with self._draws.staged(rows):
+            logits_BV, token_ids_B = self.runner.run(
+                [request.tokens[-1] for request in rows],
+                [len(request.tokens) for request in rows],
+                [[request.table.pages for request in rows]],
+                [request.drawn_at if request.num_unread else None for request in rows],
+            )
         for request in rows:
             request.computed(1)
-        asks = {
-            row: request.row()
-            for row, request in enumerate(rows)
-            if request.asks_more or (self._draws.is_greedy_only and request.ask.temperature)
-        }
-        sampled = Sampled(token_ids_B)
-        if asks:
-            sampled = sample_again(logits_BV, token_ids_B, asks)
-            self.state.drawn[DECODED, : len(rows)].copy_(sampled.token_ids)
+        sampled = with_logprobs(token_ids_B, logits_BV, [request.params.logprobs for request in rows])
         return self._take_off(sampled, rows, DECODED)
 
     def draw_greedily(self, num_rows: int) -> None:
         """Has the first rows take the most likely token, until they ask for another draw."""
-        self._draws.stage([GREEDY] * num_rows)
+        row = SimpleNamespace(ask=Ask(seed=0), tokens=(), stop_ids=frozenset())
+        with self._draws.staged([row] * num_rows):
+            pass
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:

@@ -30,14 +30,14 @@ CACHE, DEVICE = CacheSpec(num_pages=4), torch.device("cuda")
     [
         ([8192], True),
         ([1024] * 8, True),
-        ([1056], True),  # 132 tiles of 128 tokens of 16 heads
-        ([1055], False),
+        ([528], True),  # half of 132 tiles of 128 tokens of 16 heads
+        ([527], False),
         ([16] * 512, False),  # an eighth of each tile
-        ([64] * 128, True),
-        ([63] * 130, False),
+        ([64] * 128, False),
+        ([65] * 128, True),
         ([1] * 256, False),
         ([2048, *[1] * 8], True),
-        ([2048, *[1] * 9], True),
+        ([2048, *[1] * 15], True),
         ([2048, *[1] * 17], False),
     ],
     ids=str,
@@ -85,9 +85,9 @@ def kernels(asked: str, max_tokens: int = 8192) -> tuple[tuple[str, ...], str | 
 def test_the_choice_on_a_hopper_gpu(hopper: dict) -> None:
     assert kernels("auto") == (("fa2", "fa3"), None)
     assert kernels("fa3", max_tokens=0) == (("fa3",), None) and kernels("fa2") == (("fa2",), None)
-    assert kernels("auto", max_tokens=1056)[0] == ("fa2", "fa3")
-    names, why = kernels("auto", max_tokens=1055)
-    assert names == ("fa2",) and why == "it is for batches of 1056 tokens and more, and the largest has 1055"
+    assert kernels("auto", max_tokens=528)[0] == ("fa2", "fa3")
+    names, why = kernels("auto", max_tokens=527)
+    assert names == ("fa2",) and why == "it is for batches of 528 tokens and more, and the largest has 527"
 
 
 @pytest.mark.parametrize(

@@ -55,14 +55,14 @@ def kernels_for(
 
 
 def least_tokens(spec: AttentionSpec, num_processors: int) -> int:
-    """Query tokens of a batch from which on there is a tile for each multiprocessor."""
-    return -(-num_processors * TILES[spec.head_dim] // spec.num_heads)
+    """Query tokens of a batch from which on there is a tile for every other multiprocessor."""
+    return -(-num_processors * TILES[spec.head_dim] // (2 * spec.num_heads))
 
 
 def suits(spec: AttentionSpec, num_processors: int, counts_B: Tensor) -> bool:
-    """Whether rows of so many query tokens keep the device busy, and fill half of their tiles at least."""
+    """Whether rows of so many query tokens keep the device busy, and fill more than half of their tiles."""
     tile, tokens = TILES[spec.head_dim], int(counts_B.sum())
-    return tokens >= least_tokens(spec, num_processors) and 2 * tokens >= tile * int(_tiles(tile, counts_B))
+    return tokens >= least_tokens(spec, num_processors) and 2 * tokens > tile * int(_tiles(tile, counts_B))
 
 
 def plan_bytes(spec: AttentionSpec, num_processors: int, counts_B: Tensor) -> int:

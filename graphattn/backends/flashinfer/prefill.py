@@ -52,8 +52,8 @@ class RaggedPlan:
             return parts[0] + (f", not fa3: {self._why_not}" if self._why_not else "")
         least, tile = fa3.least_tokens(self._spec, self._num_processors), fa3.TILES[self._spec.head_dim]
         return (
-            f"{parts[1]} from {least} tokens on that fill more than half of their tiles of {tile}, else {parts[0]}; its "
-            f"module was ready in {self._seconds['fa3']:.1f} s"
+            f"{parts[1]} from {least} tokens on that fill more than half of their tiles of {tile}, else {parts[0]}; "
+            f"its module was ready in {self._seconds['fa3']:.1f} s"
         )
 
     def plan(self, batch: Batch) -> None:

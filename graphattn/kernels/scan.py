@@ -97,8 +97,11 @@ def gather(
         if log_min_p > -float("inf"):
             peak = tl.max(tl.load(peaks + at, mask=inside, other=-float("inf")), 0)
             floor = tl.div_rn(peak, temperature) + log_min_p
-        key = key_of(tl.load(asks + row), tl.load(positions + row) + 1)
-        best, best_id = _best(source, first, last, temperature, floor, key, EDITS, BLOCK)
+        if temperature == 0:
+            best, best_id = _largest(source, first, last, EDITS, BLOCK)
+        else:
+            key = key_of(tl.load(asks + row), tl.load(positions + row) + 1)
+            best, best_id = _best(source, first, last, temperature, floor, key, EDITS, BLOCK)
         tl.store(scores + row * tl.num_programs(1) + split, best)
         tl.store(ids + row * tl.num_programs(1) + split, best_id)
 
@@ -136,31 +139,40 @@ def _bound_of_top_p(peaks_C, masses_C, tail, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _largest(source, first, last, EDITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Largest logit in a part of a row, and the lowest id that has it; threads meet once, at the end."""
+    best_id = first + tl.arange(0, BLOCK)
+    best = logits_of(source, best_id, EDITS)
+    for start in range(first + BLOCK, last, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        logit = logits_of(source, index, EDITS)
+        best_id = tl.where(logit > best, index, best_id)
+        best = tl.maximum(best, logit)
+    top = tl.max(best, 0)
+    return top.to(tl.float64), tl.min(tl.where(best == top, best_id, last), 0)
+
+
+@triton.jit
 def _best(source, first, last, temperature, floor, key, EDITS: tl.constexpr, BLOCK: tl.constexpr):
     """Best score in a part of a row, and its id.
 
     The float64 logarithms cost most, so blocks that cannot hold the best are passed over. A score x - log(E) beats the
     best so far only if E < exp(x - best), and E >= u: u < exp(x - best) in float32 is enough, with room for rounding.
     """
-    is_greedy = temperature == 0
-    divisor = tl.where(is_greedy, 1.0, temperature)
-    inverse = 1.0 / divisor
+    inverse = 1.0 / temperature
     best, best_id = tl.full([], -float("inf"), tl.float64), first
     for start in range(first, last, BLOCK):
         index = start + tl.arange(0, BLOCK)
         logit = logits_of(source, index, EDITS)
         bound = best.to(tl.float32)
-        if is_greedy:
-            may_beat = logit > bound
-        else:
-            u = ((bits(key, index) >> 41).to(tl.int32) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0  # 23 bits
-            # Errors are below 1e-6 * |best| + 1e-4 where x is near enough to matter. A best of inf makes this nan, and
-            # is not beaten.
-            may_beat = u < tl.exp(tl.fma(logit, inverse, 1e-5 * tl.abs(bound) + 0.01 - bound))
+        u = ((bits(key, index) >> 41).to(tl.int32) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0  # 23 bits
+        # Errors are below 1e-6 * |best| + 1e-4 where x is near enough to matter. A best of inf makes this nan, and is
+        # not beaten.
+        may_beat = u < tl.exp(tl.fma(logit, inverse, 1e-5 * tl.abs(bound) + 0.01 - bound))
         if tl.max(may_beat.to(tl.int32), 0) > 0:
-            x = tl.div_rn(logit, divisor)
+            x = tl.div_rn(logit, temperature)
             x = tl.where(x < floor, -float("inf"), x)
-            score = x.to(tl.float64) - tl.where(is_greedy, 0.0, tl.log(exponential(bits(key, index))))
+            score = x.to(tl.float64) - tl.log(exponential(bits(key, index)))
             top, at = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
             if top > best:
                 best, best_id = top, start + at

@@ -138,6 +138,12 @@ def test_sets_hold_what_was_put_last(first: set[int], second: set[int], which: i
     assert not sets.words_2RW.any() and sets.num_sent == 2
 
 
+def test_rows_that_nobody_was_in_ask_for_nothing() -> None:
+    fields = Drawer(3).row_draws._mirror.fields[:, :3]
+    seeds, floats = fields[0].tolist(), fields[1:].view(torch.float64).tolist()
+    assert [Ask(*numbers) for numbers in zip(seeds, *floats, strict=True)] == [Ask(seed=0)] * 3
+
+
 def test_only_rows_that_change_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     drawer, logits = Drawer(6), logits_of(6, seed=1)
     texts = [Text(SamplingParams(temperature=0.5 + row), 7 + row, [3]) for row in range(6)]
@@ -147,7 +153,7 @@ def test_only_rows_that_change_are_sent(monkeypatch: pytest.MonkeyPatch) -> None
         assert drawer.step(some, texts) == sample(some, [text.row() for text in texts]).token_ids.tolist()
         assert drawer.row_draws.num_sent - before == sent
 
-    check(texts, 5 * 6)  # neither top-k nor bans, which are 0 to begin with
+    check(texts, 2 * 6)  # seed and temperature; to begin with rows are greedy, with all else off
     check(texts, 0)
     check(texts[:4], 0)
     check([texts[5], *texts[1:]], 2)

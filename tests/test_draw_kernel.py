@@ -197,6 +197,15 @@ def test_thresholds_are_exact_whatever_is_held(kind: str, room: int, monkeypatch
 
 @runs
 @quiet
+def test_no_token_more_or_less_is_kept():
+    """Where all tokens are about as likely, one that should not be kept is soon drawn."""
+    rows = rows_of(36, ({"top_k": 2}, {"top_k": 4, "top_p": 0.6}, {"top_p": 0.05}))
+    logits = normal(36, 60, seed=2, scale=0.01)
+    assert drawn(logits, rows) == expected(logits, rows)
+
+
+@runs
+@quiet
 @pytest.mark.parametrize(("vocab", "dtype"), [(1, torch.float32), (40, torch.bfloat16), (1100, torch.float32)], ids=str)
 def test_penalty_and_bans_from_sets(vocab: int, dtype: torch.dtype):
     """As inside a step: the last token counts as seen and is added to the set, ids go to two places."""

@@ -197,18 +197,28 @@ def test_thresholds_are_exact_whatever_is_held(kind: str, room: int, monkeypatch
 
 @runs
 @quiet
+def test_no_token_more_or_less_is_kept():
+    """Where all tokens are about as likely, one that should not be kept is soon drawn."""
+    rows = rows_of(36, ({"top_k": 2}, {"top_k": 4, "top_p": 0.6}, {"top_p": 0.05}))
+    logits = normal(36, 60, seed=2, scale=0.01)
+    assert drawn(logits, rows) == expected(logits, rows)
+
+
+@runs
+@quiet
 @pytest.mark.parametrize(("vocab", "dtype"), [(1, torch.float32), (40, torch.bfloat16), (1100, torch.float32)], ids=str)
 def test_penalty_and_bans_from_sets(vocab: int, dtype: torch.dtype):
     """As inside a step: the last token counts as seen and is added to the set, ids go to two places."""
     generator, count = np.random.default_rng(vocab), len(EVERYTHING)
-    params = [{**one, "repetition_penalty": (1.0, 1.3, 0.6)[i % 3]} for i, one in enumerate(EVERYTHING)]
+    params = [{**one, "repetition_penalty": (3.0, 1.0, 0.6)[i % 3]} for i, one in enumerate(EVERYTHING)]
     logits = normal(count, vocab, seed=vocab, dtype=dtype)
     rows, asks, last = [], [], []
     flags = np.zeros((2, count + 1, -(-vocab // 32) * 32), np.uint8)
     for i, row in enumerate(rows_of(count, params)):
         row = RowSampling(row.params, row.seed, 3 * i + 1)
         seen, banned = ({*generator.integers(0, vocab, 9).tolist()} for _ in range(2))
-        last.append(int(generator.integers(0, vocab)))
+        last.append(int(logits[i].argmax() if i % 2 else generator.integers(0, vocab)))
+        banned.discard(last[-1])
         is_banned = i % 2 == 1
         for which, ids in enumerate((seen, banned)):
             flags[which, i, list(ids)] = 1

@@ -21,7 +21,7 @@ from graphattn.engine.idsets import BANNED, SEEN, IdSets, contains
 from graphattn.noise import keys_of, mix
 from graphattn.sampling import Ask, RowSampling, SamplingParams
 
-VOCAB = 70
+VOCAB = 64  # ends where a word of a set does
 KINDS = (
     {"temperature": 0},
     {"temperature": 1.0},
@@ -75,7 +75,7 @@ def some_texts(count: int, seed: int) -> list[Text]:
 
 def logits_of(count: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     logits = (torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
-    logits[:, ::7] = -torch.inf
+    logits[:, 3::7] = -torch.inf
     return logits.round() if seed % 3 == 0 else logits  # many of the largest tie
 
 
@@ -138,6 +138,12 @@ def test_sets_hold_what_was_put_last(first: set[int], second: set[int], which: i
     assert not sets.words_2RW.any() and sets.num_sent == 2
 
 
+def test_rows_that_nobody_was_in_ask_for_nothing() -> None:
+    fields = Drawer(3).row_draws._mirror.fields[:, :3]
+    seeds, floats = fields[0].tolist(), fields[1:].view(torch.float64).tolist()
+    assert [Ask(*numbers) for numbers in zip(seeds, *floats, strict=True)] == [Ask(seed=0)] * 3
+
+
 def test_only_rows_that_change_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     drawer, logits = Drawer(6), logits_of(6, seed=1)
     texts = [Text(SamplingParams(temperature=0.5 + row), 7 + row, [3]) for row in range(6)]
@@ -147,7 +153,7 @@ def test_only_rows_that_change_are_sent(monkeypatch: pytest.MonkeyPatch) -> None
         assert drawer.step(some, texts) == sample(some, [text.row() for text in texts]).token_ids.tolist()
         assert drawer.row_draws.num_sent - before == sent
 
-    check(texts, 5 * 6)  # neither top-k nor bans, which are 0 to begin with
+    check(texts, 2 * 6)  # seed and temperature; to begin with rows are greedy, with all else off
     check(texts, 0)
     check(texts[:4], 0)
     check([texts[5], *texts[1:]], 2)
@@ -181,6 +187,29 @@ def test_sets_are_sent_once_and_follow_the_tokens() -> None:
     for row, text in enumerate(texts):
         assert set(seen[row].nonzero()[:, 0].tolist()) == {*text.tokens[:-1]}
         assert set(banned[row].nonzero()[:, 0].tolist()) == {1, 2}
+
+
+def test_a_place_is_another_for_who_asks_the_same() -> None:
+    """One leaves, and one of the same seed and length whose text is another comes in its place."""
+    drawer, params = Drawer(1), SamplingParams(temperature=0, repetition_penalty=5.0)
+    first = Text(params, 1, [5, 6, 7])
+    first.tokens += drawer.step(logits_of(1, 1), [first])
+    second = Text(params, 1, [8, 9, 10, 11])
+    assert first.ask == second.ask and len(first.tokens) == len(second.tokens)
+    logits = torch.full((1, VOCAB), 1.0)
+    logits[0, 8], logits[0, 5] = 4.0, 3.0
+    assert drawer.step(logits, [second]) == sample(logits, [second.row()]).token_ids.tolist() == [5]
+
+
+def test_padding_is_seen_by_nobody() -> None:
+    drawer, params = Drawer(2), SamplingParams(temperature=0, repetition_penalty=5.0)
+    first, second = (Text(params, row, [5, 6]) for row in range(2))
+    logits = torch.full((2, VOCAB), 1.0)
+    logits[:, 0], logits[:, 1] = 3.0, 2.0
+    assert drawer.step(logits, [first, second]) == [0, 0]
+    assert drawer.step(logits, [first]) == [0]  # beside a row of padding, where the second was
+    second.tokens.append(7)
+    assert drawer.step(logits, [first, second]) == [0, 0]
 
 
 class Steps(RuleBasedStateMachine):

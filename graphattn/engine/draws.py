@@ -54,6 +54,8 @@ class RowDraws:
         self._drawn_R, device = drawn_R, drawn_R.device
         self._in_kernel, self._reads = draws_in_kernel(dtype, device), device.type == "cpu"
         self._mirror = Mirror(len(Ask._fields), max_batch, dtype=torch.int64, device=device)
+        # Padding that nobody was in is greedy, which costs the least: of numbers all 0 a kernel would make filters.
+        self._mirror.send(packed([Ask(seed=0)] * max_batch))
         self._sets = IdSets(max_batch, vocab, device)
         self._rows = torch.arange(max_batch, device=device)
         self._staged: list[Ask | None] = [None] * max_batch

@@ -109,7 +109,7 @@ def test_an_attached_model_generates_as_before():
     ("family", "compiler"),
     [("llama", "none"), ("qwen3", "none"), pytest.param("qwen2", "inductor", marks=pytest.mark.inductor)],
 )
-def test_a_compiled_step_has_one_gemm_per_group_and_compiles_twice(family: str, compiler: str, monkeypatch):
+def test_a_compiled_step_has_one_gemm_per_group_and_compiles_once(family: str, compiler: str, monkeypatch):
     import torch._inductor.compile_fx
 
     graphs, compile_fx = [], torch._inductor.compile_fx.compile_fx
@@ -122,14 +122,14 @@ def test_a_compiled_step_has_one_gemm_per_group_and_compiles_twice(family: str, 
     torch._dynamo.reset()
     model = tiny(family)
     plain, compiled = ModelStep(model, compile=False, max_batch=8), ModelStep(model, compile=True, max_batch=8)
-    steps = [(ids(size), torch.arange(size)) for size in (8, 4, 2, 1, 6)]
+    steps = [(ids(size).int(), torch.arange(size, dtype=torch.int32)) for size in (8, 4, 2, 1, 6)]
     expected = [plain(*step)[0] for step in steps]
     merged = MergedProjections(model)
     for step, logits_BV in zip(steps, expected, strict=True):
         found, greedy = compiled(*step)
         torch.testing.assert_close(found, logits_BV, rtol=1e-5, atol=1e-5)  # norms pass through float32
         assert torch.equal(greedy, found.argmax(-1))
-    assert compiled.num_compiles == len(graphs) == 2
+    assert compiled.num_compiles == len(graphs) == 1
     for graph in graphs:
         assert calls(graph)["linear"] == GEMMS
         assert len(graph.graph.output_node().args[0]) == 1, "the draw is not compiled"

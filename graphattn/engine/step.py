@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import FunctionType
 
@@ -27,8 +28,7 @@ class ModelStep:
 
     Args:
         model: the model, its attention on graphattn's layer.
-        compile: compile with Inductor, `fullgraph=True`: once for one token and once for any number from 2, which
-            serves prefill too.
+        compile: compile with Inductor, `fullgraph=True`: once, for any number of tokens, so that it serves prefill too.
         max_batch: rows of the largest decode step.
         draw: called with the logits `[B, vocabulary]`, the tokens and the positions `[B]`, returns ids `[B]`; never
             compiled.
@@ -37,7 +37,8 @@ class ModelStep:
     def __init__(self, model: nn.Module, *, compile: bool, max_batch: int, draw: Draw = most_likely):
         self.compile, self._draw = compile, draw
         self._graphs: list[int] = []
-        self._forward = _compiled(model, self._graphs) if compile else _step_of(model)
+        self._single = SingleToken(model.device)
+        self._forward = _compiled(model, self._graphs, self._single) if compile else _step_of(model)
         self._all_B = torch.arange(max_batch, device=model.device)
 
     @property
@@ -57,19 +58,55 @@ class ModelStep:
         return logits_BV, self._draw(logits_BV, token_ids_B, positions_B)
 
     def logits(self, token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor | None) -> Tensor:
-        """Logits after tokens `last_R` (int64) of the row, `[R, vocabulary]`; after all for None, if not compiled."""
-        if len(token_ids_N) == 1:
-            return self._forward(token_ids_N, positions_N, None)
+        """Logits after tokens `last_R` (int64) of the row, `[R, vocabulary]`; after all for None, if not compiled.
+
+        Tokens and positions are int32.
+        """
         if not self.compile:
             return self._forward(token_ids_N, positions_N, last_R)
+        if len(token_ids_N) == 1:
+            with self._single.instead(token_ids_N, positions_N, last_R) as inputs:
+                return self._traced(*inputs)[:1]
         num_rows = len(last_R)
         if num_rows == 1:
-            last_R = torch.cat((last_R, last_R))  # a size of 1 would be compiled anew
-        for tensor in (token_ids_N, positions_N, last_R):
+            last_R = torch.cat((last_R, last_R))
+        return self._traced(token_ids_N, positions_N, last_R)[:num_rows]
+
+    def _traced(self, *inputs: Tensor) -> Tensor:
+        for tensor in inputs:
             torch._dynamo.mark_dynamic(tensor, 0)
         # Decode steps are as long as they have rows; prefill is not, and the graph must not hold them to be the same.
         with torch.fx.experimental._config.patch(use_duck_shape=False):
-            return self._forward(token_ids_N, positions_N, last_R)[:num_rows]
+            return self._forward(*inputs)
+
+
+class SingleToken:
+    """Lets a graph that was compiled for any number of tokens from 2 compute a single one.
+
+    Dynamo takes a size of 1 for a constant and would trace the model once more for it, seconds at each start. The
+    compiled code has no such constant: Dynamo is given inputs of size 2, and the code behind it those of size 1.
+    """
+
+    def __init__(self, device: torch.device):
+        integers = {"dtype": torch.int32, "device": device}
+        self._pair = (torch.zeros(2, **integers), torch.zeros(2, **integers), torch.arange(2, device=device))
+        self._inputs: tuple[Tensor, ...] | None = None
+
+    @contextmanager
+    def instead(self, *inputs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Gives the inputs for Dynamo, int32, int32 and int64, in whose place the compiled code gets these."""
+        self._inputs = inputs
+        try:
+            yield self._pair
+        finally:
+            self._inputs = None
+
+    def taken(self, inputs: Sequence, sizes: Container[int]) -> Sequence:
+        """What the compiled code is to be called with; `sizes` are the places of numbers of tokens or rows."""
+        if self._inputs is None:
+            return inputs
+        own = {id(pair): single for pair, single in zip(self._pair, self._inputs, strict=True)}
+        return [1 if place in sizes else own.get(id(x), x) for place, x in enumerate(inputs)]
 
 
 def last_logits(model: nn.Module, token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor | None) -> Tensor:
@@ -100,19 +137,24 @@ def fold_few_rows(graph: torch.fx.GraphModule) -> int:
     return fold(graph, suits)
 
 
-def _compiled(model: nn.Module, graphs: list[int]) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    def backend(graph: torch.fx.GraphModule, inputs: list):
+def _compiled(
+    model: nn.Module, graphs: list[int], single: SingleToken
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
         from torch._inductor.compile_fx import compile_fx
 
+        placeholders = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        sizes = {place for place, value in enumerate(placeholders) if isinstance(value, torch.SymInt)}
         folded = fold_few_rows(graph)
         compiled = compile_fx(graph, inputs)
         graphs.append(folded)
-        return compiled
+        return lambda *inputs: compiled(*single.taken(inputs, sizes))
 
     step = _step_of(model)
     # Dynamo keeps what it compiled with the code object, for as long as that lives and up to a limit, and keeps by name
     # which numbers differed, to take them for dynamic. Models share neither this way: each has the limit to itself,
-    # takes its graphs along when it goes, and has its own epsilon as a constant.
+    # takes its graphs along when it goes, and has its own epsilon as a constant. The backend is kept there too, and
+    # must not hold the step.
     code = step.__code__.replace(co_name=f"step_{next(_numbers)}")
     own = FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
     return torch.compile(own, fullgraph=True, backend=backend)

@@ -11,6 +11,24 @@ from .errors import InvalidArgumentError
 from .spec import AttentionSpec, CacheSpec
 
 
+def first_page(pages: Tensor) -> Tensor:
+    """A cache's first page over the cache's own storage: what a layer holds and hands to the op.
+
+    Dynamo guards on a tensor's shape. As it sees one page, what it compiled serves a cache of any number of pages.
+    """
+    with torch.inference_mode(False):
+        held = torch.empty(0, dtype=pages.dtype, device=pages.device)
+        return held.set_(pages.untyped_storage(), pages.storage_offset(), (1, *pages.shape[1:]), pages.stride())
+
+
+def all_pages(page: Tensor) -> Tensor:
+    """The cache that a first page belongs to: every page that lies in its storage from there on."""
+    stride, end = page.stride(), page.untyped_storage().nbytes() // page.itemsize
+    extent = 1 + sum((size - 1) * step for size, step in zip(page.shape[1:], stride[1:], strict=True))
+    num_pages = 1 + (end - page.storage_offset() - extent) // stride[0]
+    return page.as_strided((num_pages, *page.shape[1:]), stride)
+
+
 class KVCache:
     """Keys and values of every layer, in pages.
 

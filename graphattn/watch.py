@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,10 +107,9 @@ class Watch:
             torch.cuda.synchronize(self.device)
             torch._C._cuda_clearCublasWorkspaces()  # one per stream that was ever used, made anew when needed
             torch.cuda.empty_cache()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of deprecated objects that are looked at here
-            tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
-        mine = [tensor for tensor in tensors if tensor.device == self.device]
+        # By exact type: looking into stand-ins for tensors (fake ones of the compiler) can fail, and they hold nothing.
+        plain = (found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter))
+        mine = [tensor for tensor in plain if tensor.device == self.device and tensor.layout == torch.strided]
         kinds = Counter((f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}", x.nbytes) for x in mine)
         return read_meters(self.device, nvml=self._nvml), kinds, tensor_bytes(mine)
 

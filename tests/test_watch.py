@@ -61,6 +61,14 @@ def test_a_view_of_what_was_there_is_no_leak() -> None:
         KEPT.append(base[:10])
 
 
+def test_what_only_stands_for_a_tensor_holds_nothing() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with memory.watch("cpu"), FakeTensorMode():
+        KEPT.append(torch.empty(1000))
+        KEPT.append(torch.empty(1000, device="meta"))
+
+
 def test_from_the_mark_on() -> None:
     with memory.watch("cpu") as watched:
         KEPT.append(torch.zeros(1000))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from graphattn.ops import active_plans
     from graphattn.pages import BlockTable, PagePool
     from graphattn.plan import Planner
-    from graphattn.profile import BucketProfile, CaptureProfile, StepTime
+    from graphattn.profile import BucketProfile, CaptureProfile, StartCosts, StepTime
     from graphattn.runner import DecodeRunner
     from graphattn.sampling import SamplingParams
     from graphattn.spec import AttentionSpec, CacheSpec
@@ -76,6 +76,7 @@ __all__ = [
     "Planner",
     "RequestOutput",
     "SamplingParams",
+    "StartCosts",
     "StepState",
     "StepTime",
     "Traffic",
@@ -122,6 +123,7 @@ _MODULE_OF = {
     "Planner": "plan",
     "RequestOutput": "engine.request",
     "SamplingParams": "sampling",
+    "StartCosts": "profile",
     "StepState": "state",
     "StepTime": "profile",
     "Traffic": "traffic",

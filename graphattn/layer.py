@@ -80,6 +80,10 @@ class Attention(nn.Module):
             )
         self.k_cache, self.v_cache = first_page(k_cache), first_page(v_cache)
 
+    def unbind(self) -> None:
+        """Lets go of its pages."""
+        self.k_cache, self.v_cache = (torch.empty(0, device=self.k_cache.device) for _ in "kv")
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Appends `k` and `v` to the cache and attends.
 

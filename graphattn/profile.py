@@ -16,7 +16,7 @@ from .buckets import BucketLadder
 from .document import read_document, write_document
 from .errors import InvalidArgumentError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PACKAGES = {"triton": "triton", "flashinfer": "flashinfer-python"}  # beside graphattn and torch
 
 
@@ -39,6 +39,7 @@ class BucketProfile:
         capture_seconds: planning, warm-up (with compilation, if the step compiles) and capture.
         pool_bytes: what its graph added to torch's private pool; 0 without CUDA graphs.
         driver_bytes: by how much the driver's free memory shrank beyond that.
+        nvml_bytes: by how much the process grew by NVML, the pool's growth included; None where NVML hides it.
         steps: its step at each context that was measured; may be empty.
     """
 
@@ -46,7 +47,23 @@ class BucketProfile:
     capture_seconds: float
     pool_bytes: int = 0
     driver_bytes: int = 0
+    nvml_bytes: int | None = None
     steps: tuple[StepTime, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartCosts:
+    """What a start took beside weights and cache.
+
+    Attributes:
+        settings: what that depends on beside the model, the device and the ladder; a start with others measures anew.
+        max_seq_len: tokens that requests could reach; a start for fewer takes no more.
+        growth: bytes by line of the ledger.
+    """
+
+    settings: dict[str, Any]
+    max_seq_len: int
+    growth: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +78,7 @@ class CaptureProfile:
         layout: of a page.
         ladder: the buckets to capture; all of them were measured.
         buckets: what was measured, which may be more than the ladder.
+        costs: what the start took besides.
 
     Raises:
         InvalidArgumentError: no ladder, or one with a bucket that was not measured.
@@ -77,6 +95,7 @@ class CaptureProfile:
     layout: str
     ladder: tuple[int, ...]
     buckets: tuple[BucketProfile, ...]
+    costs: StartCosts
 
     def __post_init__(self):
         object.__setattr__(self, "ladder", BucketLadder(self.ladder).sizes)
@@ -111,6 +130,7 @@ class CaptureProfile:
                 BucketProfile(**(each | {"steps": tuple(StepTime(**step) for step in each["steps"])}))
                 for each in found["buckets"]
             )
+            found["costs"] = StartCosts(**found["costs"])
             return cls(**found)
         except (TypeError, KeyError, InvalidArgumentError) as error:
             raise InvalidArgumentError(

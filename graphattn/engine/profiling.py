@@ -1,4 +1,4 @@
-"""What the steps of an engine take: time, capture, memory."""
+"""What the steps of an engine take: time, capture."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..errors import InvalidArgumentError, OutOfPagesError
-from ..memory import Ledger, ledger
 from ..pages import BlockTable, PagePool
-from ..profile import BucketProfile, CaptureProfile, StepTime, origin
+from ..profile import BucketProfile, CaptureProfile, StartCosts, StepTime, origin
 from .executor import Executor
 
 WARM_STEPS = 3
@@ -84,7 +83,10 @@ def _between(marks: list) -> list[float]:
 
 
 def profile_of(
-    executor: Executor, step_times: Mapping[int, Sequence[StepTime]], ladder: Sequence[int] | None
+    executor: Executor,
+    costs: StartCosts,
+    step_times: Mapping[int, Sequence[StepTime]],
+    ladder: Sequence[int] | None,
 ) -> CaptureProfile:
     """What capture took at each bucket, with step times that were measured since."""
     cache, captures = executor.planner.cache, executor.runner.captures
@@ -99,6 +101,7 @@ def profile_of(
             capture_seconds=capture.seconds,
             pool_bytes=capture.pool_bytes,
             driver_bytes=capture.driver_bytes,
+            nvml_bytes=capture.nvml_bytes,
             steps=tuple(step_times.get(capture.bucket, ())),
         )
         for capture in sorted(captures, key=lambda capture: capture.bucket)
@@ -107,15 +110,5 @@ def profile_of(
         **origin(executor.model, page_size=cache.page_size, layout=cache.layout),
         ladder=tuple(each.bucket for each in buckets) if ladder is None else tuple(ladder),
         buckets=tuple(buckets),
+        costs=costs,
     )
-
-
-def engine_ledger(executor: Executor) -> Ledger:
-    """Where the bytes of the device are."""
-    parts = executor.parts()
-    if not executor.runner.uses_graphs:
-        return ledger(executor.device, parts)
-    captures = executor.runner.captures
-    parts["graph pool"] = sum(capture.pool_bytes for capture in captures)
-    driver_parts = {"graphs": sum(capture.driver_bytes for capture in captures)}
-    return ledger(executor.device, parts, driver_parts=driver_parts)

@@ -30,11 +30,14 @@ class ModelStep:
         compile: compile with Inductor, `fullgraph=True`: once for one token and once for any number from 2, which
             serves prefill too.
         max_batch: rows of the largest decode step.
+
+    Attributes:
         draw: called with the logits `[B, vocabulary]` and the positions `[B]`, returns ids `[B]`; never compiled.
     """
 
-    def __init__(self, model: nn.Module, *, compile: bool, max_batch: int, draw: Draw = most_likely):
-        self.compile, self._draw = compile, draw
+    def __init__(self, model: nn.Module, *, compile: bool, max_batch: int):
+        self.compile = compile
+        self.draw: Draw = most_likely
         self._graphs: list[int] = []
         self._forward = _compiled(model, self._graphs) if compile else _step_of(model)
         self._all_B = torch.arange(max_batch, device=model.device)
@@ -53,7 +56,7 @@ class ModelStep:
         """Returns logits `[B, vocabulary]` and the ids drawn `[B]`."""
         all_B = self._all_B[: len(token_ids_B)] if self.compile else None
         logits_BV = self.logits(token_ids_B, positions_B, all_B)
-        return logits_BV, self._draw(logits_BV, positions_B)
+        return logits_BV, self.draw(logits_BV, positions_B)
 
     def logits(self, token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor | None) -> Tensor:
         """Logits after tokens `last_R` (int64) of the row, `[R, vocabulary]`; after all for None, if not compiled."""
@@ -69,11 +72,6 @@ class ModelStep:
         # Decode steps are as long as they have rows; prefill is not, and the graph must not hold them to be the same.
         with torch.fx.experimental._config.patch(use_duck_shape=False):
             return self._forward(token_ids_N, positions_N, last_R)[:num_rows]
-
-
-def last_logits(model: nn.Module, token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor | None) -> Tensor:
-    """Logits after tokens `last_R` of a packed row, `[R, vocabulary]`; after all of them for None."""
-    return _step_of(model)(token_ids_N, positions_N, last_R)
 
 
 def _step_of(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:

@@ -1,0 +1,194 @@
+"""How an engine starts: what it takes is measured or known, then its cache is sized, allocated and captured over."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from ..buckets import BucketLadder
+from ..errors import DeviceMemoryError
+from ..ledger import Ledger, mib
+from ..profile import CaptureProfile, StartCosts
+from ..shortage import first_line, is_out_of_memory
+from ..spec import CacheSpec
+from .accounts import base_ledger, growth
+from .executor import Executor
+from .forecast import Costs, Forecast, unused_bytes
+from .sizing import Sizing, check_room
+
+Progress = Callable[[str, int, int], None]
+
+
+class Start:
+    """One start of an executor.
+
+    Args:
+        executor: nothing is laid out in it yet.
+        sizing: the arithmetic of its cache.
+        ladder: the buckets to capture.
+        limit: tokens that a request may reach, pages aside; None for no limit.
+        max_prefill_tokens: of the prefill that is run once.
+        profile: what a start took before, if that is stored.
+        progress: called as `progress(stage, done, total)` with stages "measure" and "capture".
+
+    Attributes:
+        how: where the size of the cache comes from, in words.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        sizing: Sizing,
+        ladder: BucketLadder,
+        *,
+        limit: int | None,
+        max_prefill_tokens: int,
+        profile: CaptureProfile | None,
+        progress: Progress,
+    ):
+        self._executor, self._sizing, self._ladder, self._limit = executor, sizing, ladder, limit
+        self._max_prefill_tokens, self._profile, self._progress = max_prefill_tokens, profile, progress
+        self.how = ""
+
+    def run(self, max_seq_len: int | None) -> CacheSpec:
+        """Sizes the cache, allocates it and captures; returns the cache.
+
+        Args:
+            max_seq_len: tokens that a request must be able to reach, if that was asked.
+
+        Raises:
+            DeviceMemoryError: memory does not hold what was asked; CaptureMemoryError if buckets.
+            OutOfPagesError: the cache does not hold one request of `max_seq_len`.
+        """
+        executor, sizing = self._executor, self._sizing
+        if executor.device.type == "cuda":
+            torch.cuda.empty_cache()  # what loading left is free for us
+        base = base_ledger(executor)
+        if sizing.ask.is_share and base.meters.free is None:
+            raise DeviceMemoryError(
+                f"what is free of {base.device} is not known {base.notes}: give kv_bytes or num_pages"
+            )
+        costs = self._known_costs(base)
+        may_rehearse = costs is None and sizing.ask.is_share and base.meters.source == "driver"
+        if may_rehearse and not sizing.is_plenty(base.meters.free):
+            costs = self._rehearse(base)
+        cache = replace(sizing.smallest, num_pages=sizing.num_pages(base, costs))
+        self.how = self._explain(base, costs)
+        cache, base = self._allocate(cache, base, costs, max_seq_len)
+        executor.capture(self._max_prefill_tokens, lambda done, total: self._progress("capture", done, total))
+        executor.growth = growth(executor, base)
+        executor.forecast = Forecast.of(base, cache, sizing.spec, sizing.num_layers, costs)
+        return cache
+
+    def costs(self) -> StartCosts:
+        """What it took, to be stored."""
+        executor, sizing = self._executor, self._sizing
+        line, unused = unused_bytes(executor.cache.cache, sizing.spec, sizing.num_layers)
+        growth = {name: size - (unused if name == line else 0) for name, size in executor.growth.items()}
+        return StartCosts(settings=self._settings(), max_seq_len=executor.state.max_seq_len, growth=growth)
+
+    def _settings(self) -> dict[str, str | int | bool]:
+        executor = self._executor
+        return {
+            "backend": executor.backend,
+            "compile": executor.step.compile,
+            "enforce_eager": executor.enforce_eager,
+            "max_prefill_tokens": self._max_prefill_tokens,
+        }
+
+    def _room(self, cache: CacheSpec) -> int:
+        """Tokens that a request may reach in a cache."""
+        room = (cache.num_pages - 1) * cache.page_size
+        return room if self._limit is None else min(self._limit, room)
+
+    def _largest(self, base: Ledger) -> CacheSpec:
+        """The cache that would fit if nothing else took anything."""
+        return replace(self._sizing.smallest, num_pages=max(2, self._sizing.that_fit(base, None)))
+
+    def _known_costs(self, base: Ledger) -> Costs | None:
+        """What the profile has on a start like this one; None if it has nothing, or of another."""
+        stored = None if self._profile is None else self._profile.costs
+        if stored is None or stored.settings != self._settings() or not self._sizing.ask.is_share:
+            return None
+        if self._room(self._largest(base)) > stored.max_seq_len:
+            return None
+        measured = {each.bucket: each for each in self._profile.buckets}
+        captured = [measured[size] for size in self._ladder]
+        now = captured[-1:] if self._executor.is_lazy else captured
+        later = [each for each in captured if each not in now]
+        taken = {"graph pool": sum(b.pool_bytes for b in now), "graphs": sum(b.driver_bytes for b in now)}
+        return Costs(
+            growth=stored.growth | {name: size for name, size in taken.items() if name in stored.growth},
+            later=sum(each.pool_bytes + each.driver_bytes for each in later),
+            source="as the capture profile has it",
+        )
+
+    def _rehearse(self, base: Ledger) -> Costs:
+        """Captures over a cache of 2 pages and gives all back; the compiled step stays, and serves the real start."""
+        executor = self._executor
+        try:
+            executor.lay_out(self._sizing.smallest, self._ladder, self._room(self._largest(base)))
+            executor.capture(
+                self._max_prefill_tokens,
+                lambda done, total: self._progress("measure", done, total),
+                max_buckets=2 if executor.is_lazy else None,
+            )
+            grown, captures, runner = growth(executor, base), executor.runner.captures, executor.runner
+            self._ladder, executor.shortage = runner.ladder, runner.shortage
+        finally:
+            executor.release()
+        later = 0
+        if executor.is_lazy and len(captures) > 1:
+            # All but the largest are captured later, and are taken to be like the second.
+            second = captures[1]
+            later = (len(self._ladder) - 1) * (second.pool_bytes + second.driver_bytes)
+            if "graph pool" in grown:
+                grown["graph pool"] -= second.pool_bytes
+                grown["graphs"] -= second.driver_bytes
+        return Costs(growth=grown, later=later, source="measured by a first capture")
+
+    def _allocate(
+        self, cache: CacheSpec, base: Ledger, costs: Costs | None, max_seq_len: int | None
+    ) -> tuple[CacheSpec, Ledger]:
+        """Lays the cache out, or a smaller one if that was asked for and memory has gone meanwhile; returns it, and the
+        ledger right before."""
+        executor, sizing = self._executor, self._sizing
+        while True:
+            if max_seq_len is not None:
+                check_room(cache, max_seq_len)
+            try:
+                executor.lay_out(cache, self._ladder, self._room(cache))
+                return cache, base
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            executor.release()
+            now = base_ledger(executor)
+            text = (
+                f"a cache of {cache.num_pages} pages, {mib(cache.num_pages * sizing.page_bytes)} MiB, does not fit "
+                f"({reason}): {mib(now.meters.free)} MiB of {executor.device} are free now, "
+                f"{mib(base.meters.free)} were when it was sized ({self.how})"
+            )
+            fewer = min(cache.num_pages * 7 // 8, sizing.that_fit(now, costs))
+            if sizing.ask.on_kv_oom == "raise" or fewer < 2:
+                raise DeviceMemoryError(
+                    f"{text}. About {max(fewer, 0)} pages would fit: ask for fewer (num_pages, kv_bytes or "
+                    "memory_fraction), end what else uses the device, or pass on_kv_oom='shrink' to take what fits"
+                )
+            cache, base = replace(cache, num_pages=fewer), now
+            self.how = f"{self.how}; {fewer} pages, since memory went meanwhile"
+            warnings.warn(f"{text}; {fewer} pages are tried", RuntimeWarning, stacklevel=4)
+
+    def _explain(self, base: Ledger, costs: Costs | None) -> str:
+        ask, free = self._sizing.ask, base.meters.free
+        if not ask.is_share:
+            return "cache as asked"
+        margin = free - ask.budget(free)
+        text = f"{ask.memory_fraction:g} of {mib(free)} MiB free, {mib(margin)} MiB are the margin"
+        if costs is None:
+            return f"{text}; nothing but the cache is reserved"
+        return f"{text}, {mib(costs.num_bytes)} MiB are for all but the cache, {costs.source}"

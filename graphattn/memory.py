@@ -27,7 +27,8 @@ __all__ = [
     "watch",
 ]
 
-SEGMENT = 2 << 20  # bytes: torch takes large tensors from the driver in multiples of it
+SEGMENT = 2 << 20  # bytes: torch takes large tensors from the driver in multiples of it,
+SMALL = 10 << 20  # and tensors below so many bytes from segments that they share
 
 
 def pages_that_fit(
@@ -67,6 +68,6 @@ def pages_that_fit(
         few = f"{budget} bytes hold fewer than 2 pages (the null page and one more)"
         raise InvalidArgumentError(f"{asked}: {few}; raise the budget, free memory or make the pages smaller")
     pages = budget // page_bytes
-    if num_tensors is not None and budget >= num_tensors * 10 * SEGMENT:  # smaller ones share segments
+    if num_tensors is not None and budget >= num_tensors * SMALL:  # smaller ones share segments
         pages = min(pages, budget // num_tensors // SEGMENT * SEGMENT * num_tensors // page_bytes)
     return pages

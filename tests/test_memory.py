@@ -684,7 +684,8 @@ def test_a_wrapper_counts_as_what_it_wraps():
         ({"page_bytes": 1 << 20, "free": 80 << 30, "memory_fraction": 0.75, "reserve": 10 << 30}, 50 << 10),
         ({"page_bytes": 1, "free": (1 << 60) + 1, "memory_fraction": 1.0}, (1 << 60) + 1),
         ({"page_bytes": MIB, "free": 100 * MIB, "memory_fraction": 1.0, "num_tensors": 4}, 96),
-        ({"page_bytes": MIB, "free": 79 * MIB, "memory_fraction": 1.0, "num_tensors": 4}, 79),
+        ({"page_bytes": MIB, "free": 47 * MIB, "memory_fraction": 1.0, "num_tensors": 4}, 40),
+        ({"page_bytes": MIB, "free": 39 * MIB, "memory_fraction": 1.0, "num_tensors": 4}, 39),
         ({"page_bytes": 3 * MIB, "free": 100 * MIB, "memory_fraction": 1.0, "num_tensors": 2}, 33),
     ],
 )

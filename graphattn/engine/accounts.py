@@ -19,13 +19,17 @@ def engine_ledger(executor: Executor) -> Ledger:
     """Where the bytes of the device are, beside what the start was to take."""
     runner, forecast = executor.runner, executor.forecast
     options: dict = {}
-    if executor.device.type == "cuda":
+    if _has_driver(executor):
         options["pools"] = {} if runner.pool is None else {"graph pool": runner.pool}
         graphs = sum(capture.driver_bytes for capture in runner.captures)
         options["driver_parts"] = {"graphs": graphs, KERNELS: executor.kernel_bytes}
     if forecast is not None:
         options |= {"predicted": forecast.lines, "predicted_free": forecast.free}
     return ledger(executor.device, executor.parts(), **options)
+
+
+def _has_driver(executor: Executor) -> bool:
+    return executor.device.type == "cuda"
 
 
 def base_ledger(executor: Executor) -> Ledger:

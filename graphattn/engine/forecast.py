@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..ledger import CACHE, Ledger
-from ..memory import SEGMENT
+from ..memory import SEGMENT, SMALL
 from ..spec import AttentionSpec, CacheSpec
 
-SMALL = 10 << 20  # bytes: torch takes tensors below from segments that they share
 SPLIT = 1 << 20  # bytes: of what is left of a segment, torch gives more than that to others
 
 

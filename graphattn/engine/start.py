@@ -77,7 +77,7 @@ class Start:
             costs = self._rehearse(base)
         cache = replace(sizing.smallest, num_pages=sizing.num_pages(base, costs))
         self.how = self._explain(base, costs)
-        cache, base = self._allocate(cache, base, costs, max_seq_len)
+        cache, base, costs = self._allocate(cache, base, costs, max_seq_len)
         executor.capture(self._max_prefill_tokens, lambda done, total: self._progress("capture", done, total))
         executor.growth = growth(executor, base)
         executor.forecast = Forecast.of(base, cache, sizing.spec, sizing.num_layers, costs)
@@ -104,33 +104,32 @@ class Start:
         room = (cache.num_pages - 1) * cache.page_size
         return room if self._limit is None else min(self._limit, room)
 
-    def _largest(self, base: Ledger) -> CacheSpec:
-        """The cache that would fit if nothing else took anything."""
-        return replace(self._sizing.smallest, num_pages=max(2, self._sizing.that_fit(base, None)))
+    def _that_fits(self, base: Ledger, costs: Costs | None) -> CacheSpec:
+        """The cache that fits beside such costs, none at all for None."""
+        return replace(self._sizing.smallest, num_pages=max(2, self._sizing.that_fit(base, costs)))
 
     def _known_costs(self, base: Ledger) -> Costs | None:
         """What the profile has on a start like this one; None if it has nothing, or of another."""
         stored = None if self._profile is None else self._profile.costs
         if stored is None or stored.settings != self._settings() or not self._sizing.ask.is_share:
             return None
-        if self._room(self._largest(base)) > stored.max_seq_len:
-            return None
         measured = {each.bucket: each for each in self._profile.buckets}
         captured = [measured[size] for size in self._ladder]
         now = captured[-1:] if self._executor.is_lazy else captured
         later = [each for each in captured if each not in now]
         taken = {"graph pool": sum(b.pool_bytes for b in now), "graphs": sum(b.driver_bytes for b in now)}
-        return Costs(
+        costs = Costs(
             growth=stored.growth | {name: size for name, size in taken.items() if name in stored.growth},
             later=sum(each.pool_bytes + each.driver_bytes for each in later),
             source="as the capture profile has it",
         )
+        return costs if self._room(self._that_fits(base, costs)) <= stored.max_seq_len else None
 
     def _rehearse(self, base: Ledger) -> Costs:
         """Captures over a cache of 2 pages and gives all back; the compiled step stays, and serves the real start."""
         executor = self._executor
         try:
-            executor.lay_out(self._sizing.smallest, self._ladder, self._room(self._largest(base)))
+            self._lay_out_smallest(base)
             executor.capture(
                 self._max_prefill_tokens,
                 lambda done, total: self._progress("measure", done, total),
@@ -150,18 +149,34 @@ class Start:
                 grown["graphs"] -= second.driver_bytes
         return Costs(growth=grown, later=later, source="measured by a first capture")
 
+    def _lay_out_smallest(self, base: Ledger) -> None:
+        smallest = self._sizing.smallest
+        try:
+            self._executor.lay_out(smallest, self._ladder, self._room(self._that_fits(base, None)))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                f"{mib(base.meters.free)} MiB are free of {base.device}, and not even the step's buffers and a cache "
+                f"of 2 pages fit ({first_line(error)}): end what else uses the device, or ask for a lower max_batch or "
+                "max_seq_len"
+            ) from error
+
     def _allocate(
         self, cache: CacheSpec, base: Ledger, costs: Costs | None, max_seq_len: int | None
-    ) -> tuple[CacheSpec, Ledger]:
-        """Lays the cache out, or a smaller one if that was asked for and memory has gone meanwhile; returns it, and the
-        ledger right before."""
+    ) -> tuple[CacheSpec, Ledger, Costs | None]:
+        """Lays the cache out, or a smaller one if that was asked for and memory has gone meanwhile.
+
+        Returns:
+            The cache, the ledger right before, and what else the start takes if that is known.
+        """
         executor, sizing = self._executor, self._sizing
         while True:
             if max_seq_len is not None:
                 check_room(cache, max_seq_len)
             try:
                 executor.lay_out(cache, self._ladder, self._room(cache))
-                return cache, base
+                return cache, base, costs
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -170,9 +185,11 @@ class Start:
             now = base_ledger(executor)
             text = (
                 f"a cache of {cache.num_pages} pages, {mib(cache.num_pages * sizing.page_bytes)} MiB, does not fit "
-                f"({reason}): {mib(now.meters.free)} MiB of {executor.device} are free now, "
+                f"({reason}): {mib(now.meters.free)} MiB of {now.device} are free now, "
                 f"{mib(base.meters.free)} were when it was sized ({self.how})"
             )
+            if sizing.ask.on_kv_oom == "shrink" and now.meters.source == "driver":
+                costs = self._rehearse(now)  # anew if need be: of what was measured, some is loaded by now
             fewer = min(cache.num_pages * 7 // 8, sizing.that_fit(now, costs))
             if sizing.ask.on_kv_oom == "raise" or fewer < 2:
                 raise DeviceMemoryError(

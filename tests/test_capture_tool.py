@@ -55,6 +55,7 @@ def test_every_bucket_is_measured(with_trace: tuple[dict, str], folder: Path) ->
     assert [row["bucket"] for row in document["buckets"]] == [1, 2, 3, 4, 6, 7, 8, 12]
     for row in document["buckets"]:
         assert row["capture_s"] > 0 and row["pool_bytes"] >= 0 and row["driver_bytes"] >= 0
+        assert row["nvml_bytes"] is None or row["nvml_bytes"] >= 0
         assert [step["context"] for step in row["steps"]] == document["contexts"] == [16, 40]
         for step in row["steps"]:
             assert 0 < step["step_ms"]["p20"] <= step["step_ms"]["p50"] <= step["step_ms"]["p80"]
@@ -62,6 +63,8 @@ def test_every_bucket_is_measured(with_trace: tuple[dict, str], folder: Path) ->
     assert "captured 8 buckets" in said and "timed 8 buckets" in said
     assert "What each bucket takes" in said and "What each bucket buys" in said
     assert document["model"]["name"] == "tiny" and document["model"]["layers"] == 2
+    lines = {line["name"]: line["bytes"] for line in document["ledger"]["lines"]}
+    assert lines["weights"] > 0 and lines["logits"] > 0 and "KV pages" in said and "shared by all buckets" in said
 
 
 def test_the_padding_that_a_bucket_saves(with_trace: tuple[dict, str]) -> None:
@@ -159,5 +162,8 @@ def test_contexts_that_do_not_fit_are_left_out(tool) -> None:
     assert [[step.context for step in each.steps] for each in profile.buckets] == [[16, 64], [16]]
     assert "10 pages needed for 2 rows of 68 tokens" in rows[1]["steps"][1]["reason"]
     assert rows[0]["steps"][0]["eager_ms"]["p50"] > 0
-    document = {"buckets": rows, "trace": None}
-    assert tool("capturing.report").bucket_table(document).row_count == 4
+    lines = [{"name": name, "bytes": size << 20} for name, size in (("logits", 3), ("workspaces", 4), ("weights", 9))]
+    table = tool("capturing.report").bucket_table({"buckets": rows, "trace": None, "ledger": {"lines": lines}})
+    assert table.row_count == 5
+    assert table.caption == "shared by all buckets: logits 3.0 MiB, workspaces 4.0 MiB"
+    assert list(table.columns[2].cells)[-1] == "7.0"

@@ -60,6 +60,9 @@ def main(
     compile: Annotated[bool | None, typer.Option(help="Compile the step; on CUDA by default.")] = None,
     enforce_eager: Annotated[bool, typer.Option(help="No CUDA graphs.")] = False,
     page_size: Annotated[int, typer.Option(min=1, help="As LLM takes it.")] = 16,
+    max_seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Of the engine that will use the profile; what the contexts need if less.")
+    ] = None,
     layout: Annotated[str, typer.Option(help="As LLM takes it.")] = "auto",
     memory_fraction: Annotated[float, typer.Option(help="As LLM takes it.")] = 0.9,
     commit: Annotated[str | None, typer.Option(help="The commit, where there is no git to ask.")] = None,
@@ -82,7 +85,7 @@ def main(
     lengths = sorted(set(read_counts("--contexts", contexts)))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     options = {
-        "max_seq_len": measure.longest(lengths, steps),
+        "max_seq_len": max(measure.longest(lengths, steps), max_seq_len or 1),
         "backend": backend,
         "compile": "auto" if compile is None else compile,
         "enforce_eager": enforce_eager,
@@ -102,6 +105,8 @@ def main(
             make = (lambda: model) if shape is None else (lambda: random_model(shape, dtype, device))
             llm, start_seconds = measure.start(make, ladder, bars, options)
             with llm:
+                book = llm.ledger()
+                console.print(str(book), soft_wrap=True)
                 rows, profile = measure.measure(llm, lengths, steps, rate=rate, compares=uses_graphs, bars=bars)
                 explained = llm.explain().splitlines()
         choice = None
@@ -128,6 +133,7 @@ def main(
         "copy_rate_gb_s": rate / 1e9,
         "start_s": start_seconds,
         "explain": explained,
+        "ledger": book.to_json(),
         "buckets": rows,
         "trace": None if traffic is None else {"max_batch": traffic.max_batch, "steps": traffic.steps},
         "choice": choice,

@@ -70,7 +70,8 @@ class LLM:
             (`{"schema_version": 1, "max_batch": 8, "steps": {"3": 120, ...}}`): what to choose `buckets` from.
         max_prefill_tokens: prompt tokens computed in one step; longer prompts are prefilled in chunks.
         prefix_cache: share full pages between requests that begin alike.
-        progress: called as `progress(stage, done, total)` while loading ("load") and capturing ("capture").
+        progress: called as `progress(stage, done, total)` while loading ("load"), in a first capture that
+            only measures ("measure", where the cache is sized by what is left) and capturing ("capture").
 
     Raises:
         ModelFileError: no model at that path.

@@ -31,7 +31,9 @@ def start(make: Callable[[], object], ladder: BucketLadder, bars: Progress, opti
     sizes, bar = sorted(ladder, reverse=True), bars.add_task("loading", total=len(ladder))
 
     def show(stage: str, done: int, total: int) -> None:
-        if stage == "capture" or done == total:
+        if stage == "measure":
+            bars.update(bar, description=f"a first capture, {done} of {total} buckets", completed=done)
+        elif stage == "capture" or done == total:
             done = done if stage == "capture" else 0
             said = f"capturing bucket {sizes[done]}" if done < len(sizes) else f"captured {len(sizes)} buckets"
             bars.update(bar, description=said, completed=done)
@@ -89,6 +91,7 @@ def measure(
                 "capture_s": capture.capture_seconds,
                 "pool_bytes": capture.pool_bytes,
                 "driver_bytes": capture.driver_bytes,
+                "nvml_bytes": capture.nvml_bytes,
                 "steps": steps,
             }
         )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from rich.table import Table
 
+SHARED = ("logits", "step buffers", "workspaces", "activations and cache")  # lines of the ledger that all buckets share
+
 
 def bucket_table(document: dict) -> Table:
-    """A line per bucket and context."""
+    """A line per bucket and context, and one for what all buckets share."""
     has_eager = any(step.get("eager_ms") for row in document["buckets"] for step in row["steps"])
     has_trace = document["trace"] is not None
-    head = ["bucket", "capture s", "pool MiB", "driver MiB", "context", "step ms p20", "p50", "p80"]
+    head = ["bucket", "capture s", "pool MiB", "driver MiB", "NVML MiB", "context", "step ms p20", "p50", "p80"]
     head += [*(["eager p50"] if has_eager else []), "bytes / copy rate, ms"]
     table = Table(*head, *(["padding it saves"] if has_trace else []), title="What each bucket takes")
     for row in document["buckets"]:
-        capture = [str(row["bucket"]), f"{row['capture_s']:.2f}", _mib(row["pool_bytes"]), _mib(row["driver_bytes"])]
+        sizes = [_mib(row[name]) for name in ("pool_bytes", "driver_bytes", "nvml_bytes")]
+        capture = [str(row["bucket"]), f"{row['capture_s']:.2f}", *sizes]
         saved = [_share(row["waste_saved"])] if has_trace else []
         for step in row["steps"]:
             if "reason" in step:
@@ -25,6 +28,9 @@ def bucket_table(document: dict) -> Table:
             table.add_row(*capture, str(step["context"]), *figures, *saved)
             capture, saved = [""] * len(capture), [""] * len(saved)
         table.add_section()
+    shared = {line["name"]: line["bytes"] for line in document["ledger"]["lines"] if line["name"] in SHARED}
+    table.add_row("shared", "", _mib(sum(shared.values())))
+    table.caption = "shared by all buckets: " + ", ".join(f"{name} {_mib(size)} MiB" for name, size in shared.items())
     return table
 
 

@@ -23,10 +23,11 @@ def first_page(pages: Tensor) -> Tensor:
 
 def all_pages(page: Tensor) -> Tensor:
     """The cache that a first page belongs to: every page that lies in its storage from there on."""
-    stride, end = page.stride(), page.untyped_storage().nbytes() // page.itemsize
-    extent = 1 + sum((size - 1) * step for size, step in zip(page.shape[1:], stride[1:], strict=True))
-    num_pages = 1 + (end - page.storage_offset() - extent) // stride[0]
-    return page.as_strided((num_pages, *page.shape[1:]), stride)
+    _, rows, columns, width = page.shape  # spelt out: eager steps do this for every layer
+    stride = page.stride()
+    extent = 1 + (rows - 1) * stride[1] + (columns - 1) * stride[2] + (width - 1) * stride[3]
+    behind = page.untyped_storage().nbytes() // page.itemsize - page.storage_offset() - extent
+    return page.as_strided((1 + behind // stride[0], rows, columns, width), stride)
 
 
 class KVCache:

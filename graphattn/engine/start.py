@@ -87,8 +87,8 @@ class Start:
         """What it took, to be stored."""
         executor, sizing = self._executor, self._sizing
         line, unused = unused_bytes(executor.cache.cache, sizing.spec, sizing.num_layers)
-        growth = {name: size - (unused if name == line else 0) for name, size in executor.growth.items()}
-        return StartCosts(settings=self._settings(), max_seq_len=executor.state.max_seq_len, growth=growth)
+        grown = {name: size - (unused if name == line else 0) for name, size in executor.growth.items()}
+        return StartCosts(settings=self._settings(), max_seq_len=executor.state.max_seq_len, growth=grown)
 
     def _settings(self) -> dict[str, str | int | bool]:
         executor = self._executor

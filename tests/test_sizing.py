@@ -82,7 +82,8 @@ class Card:
 
     def _captured(self, real, executor, *args, **options) -> None:
         real(executor, *args, **options)
-        self._take(self.activations)
+        if self.activations > self.free:
+            raise DeviceMemoryError("a prefill does not fit")
         self._cached = self.activations
 
     def _released(self, real, executor) -> None:
@@ -139,7 +140,7 @@ def wrong(llm: LLM) -> list:
     return [line for line in llm.ledger().lines if line.predicted not in (None, line.bytes)]
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(
     total=st.integers(40, 200),
     others=st.floats(0, 0.6),
@@ -181,7 +182,8 @@ def test_the_cache_takes_what_all_else_leaves_and_leaves_the_margin(
                 assert llm.ledger().predicted_free < card.free
             assert sorted(set(card.prepared[-1:] if is_lazy else card.prepared)) == ([16] if is_lazy else [1, 4, 16])
             assert "measured by a first capture" in llm.explain()
-            assert len(llm.generate([[1, 2], [3]], PARAMS)) == 2
+            if not is_lazy:  # else the smallest bucket may take more than the second did
+                assert len(llm.generate([[1, 2], [3]], PARAMS)) == 2
 
 
 def test_a_start_captures_twice_only_where_memory_is_what_limits(card: Card) -> None:

@@ -204,6 +204,13 @@ def test_a_start_captures_twice_only_where_memory_is_what_limits(card: Card) -> 
         assert card.prepared == [16, 4, 16], "two to know what the others will take, then the largest"
 
 
+def test_the_first_capture_holds_nothing_when_the_cache_is_allocated(card: Card) -> None:
+    held = []
+    card.on_lay_out = [lambda: None, lambda: held.extend(layer.k_cache for layer in card.executor.binding.layers)]
+    with LLM(model(), **OPTIONS):
+        assert [pages.untyped_storage().nbytes() for pages in held] == [0]
+
+
 def test_what_is_measured_is_reported_while_it_is(card: Card) -> None:
     seen = []
     with LLM(model(), **OPTIONS, progress=lambda *args: seen.append(args)):

@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     from graphattn.ops import active_plans
     from graphattn.pages import BlockTable, PagePool
     from graphattn.plan import Planner
-    from graphattn.profile import BucketProfile, CaptureProfile, StartCosts, StepTime
+    from graphattn.profile import BackendProfile, BucketProfile, CaptureProfile, StartCosts
     from graphattn.runner import DecodeRunner
     from graphattn.sampling import SamplingParams
+    from graphattn.spans import BackendSpan, StepTime, best_spans
     from graphattn.spec import AttentionSpec, CacheSpec
     from graphattn.state import StepState
     from graphattn.traffic import Traffic
@@ -51,6 +52,8 @@ __all__ = [
     "Attention",
     "AttentionSpec",
     "BackendError",
+    "BackendProfile",
+    "BackendSpan",
     "BlockTable",
     "BucketError",
     "BucketLadder",
@@ -85,6 +88,7 @@ __all__ = [
     "active_plans",
     "best_ladder",
     "best_ladders",
+    "best_spans",
     "errors",
     "hf",
     "memory",
@@ -98,6 +102,8 @@ _MODULE_OF = {
     "Attention": "layer",
     "AttentionSpec": "spec",
     "BackendError": "errors",
+    "BackendProfile": "profile",
+    "BackendSpan": "spans",
     "BlockTable": "pages",
     "BucketError": "errors",
     "BucketLadder": "buckets",
@@ -125,12 +131,13 @@ _MODULE_OF = {
     "SamplingParams": "sampling",
     "StartCosts": "profile",
     "StepState": "state",
-    "StepTime": "profile",
+    "StepTime": "spans",
     "Traffic": "traffic",
     "UnsupportedModelError": "errors",
     "active_plans": "ops",
     "best_ladder": "choice",
     "best_ladders": "choice",
+    "best_spans": "spans",
     "ragged_batch": "batch",
 }
 

@@ -17,29 +17,32 @@ _CAPTURING = threading.Lock()
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """What one bucket's capture took.
+    """What one bucket's capture with one backend took.
 
     Attributes:
         bucket: rows.
+        backend: who attends in it.
         seconds: planning, warm-up (with compilation, if the step compiles) and capture.
         pool_bytes: what the graph added to torch's private pool; 0 without CUDA graphs.
         driver_bytes: by how much the driver's free memory shrank beyond that.
         nvml_bytes: by how much this process grew by NVML, the pool's growth included; None where NVML hides it.
 
-    A bucket that was captured anew counts all of its captures.
+    A bucket that was captured anew with the same backend counts all of its captures.
     """
 
     bucket: int
+    backend: str
     seconds: float
     pool_bytes: int = 0
     driver_bytes: int = 0
     nvml_bytes: int | None = None
 
     def after(self, earlier: Capture) -> Capture:
-        """Both captures of a bucket together."""
+        """Both captures of a bucket with a backend together."""
         known = None not in (self.nvml_bytes, earlier.nvml_bytes)
         return Capture(
             bucket=self.bucket,
+            backend=self.backend,
             seconds=self.seconds + earlier.seconds,
             pool_bytes=self.pool_bytes + earlier.pool_bytes,
             driver_bytes=self.driver_bytes + earlier.driver_bytes,

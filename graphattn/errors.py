@@ -43,7 +43,7 @@ class CaptureMemoryError(CaptureError, DeviceMemoryError):
     """Buckets could not be captured for want of memory; those that were stay usable.
 
     Attributes:
-        failed: the buckets that could not.
+        failed: the buckets that could not, with any backend or with one of two.
         captured: the buckets that are.
     """
 

@@ -52,6 +52,7 @@ class Mirror:
 
     Attributes:
         numbers: fields and tail on the device, all 0 to begin with.
+        fields: `[F, R]` of them, and as many more as alignment takes.
         known: `[F, R]` int64, what the fields are once all that is queued has run.
         num_sent: numbers sent so far.
     """
@@ -64,7 +65,7 @@ class Mirror:
         with torch.inference_mode(False):
             self.numbers = torch.zeros(self.tail_at + tail, dtype=dtype, device=device)
             self._sent = torch.zeros(num_words, dtype=torch.int64, device=device)
-        self._fields = self.numbers[: self.tail_at].view(num_fields, self._stride)
+        self.fields = self.numbers[: self.tail_at].view(num_fields, self._stride)
         self.known = np.zeros((num_fields, num_rows), np.int64)
         self.num_sent = 0
         self._capacity, self._dtype = capacity, np.dtype(f"i{self._size}")
@@ -78,7 +79,7 @@ class Mirror:
 
     def field(self, index: int) -> Tensor:
         """A field on the device, `[R]` and as many more as alignment takes."""
-        return self._fields[index]
+        return self.fields[index]
 
     def send(self, wanted_FB: np.ndarray, places: Sequence[int] = (), values: Sequence[int] = ()) -> None:
         """Makes the fields of the first B rows what is wanted, and sets values in the tail; waits for nothing queued.

@@ -8,7 +8,8 @@ for the whole cache (`cache.all_pages`), so a compiled layer serves caches of an
 
 `torch.ops.graphattn.linear(x, weight, ...) -> out` is a linear layer with the norm before it, and the gate and residual
 after it, by one kernel of ours where rows are few. How many they are is looked at in each call, so one compiled step
-serves every bucket.
+serves every bucket. `linear_pair` is two of them with a residual and a norm between, which are one pass where rows are
+many.
 """
 
 from __future__ import annotations
@@ -89,25 +90,64 @@ def _linear(
     gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    on_cuda, num_rows = x.is_cuda and find_spec("triton") is not None, x.shape[:-1].numel()
-    if on_cuda:
-        from .kernels import gate, linear
+    if _is_ours(x, weight):
+        from .kernels.linear import linear
 
-        if linear.suits(weight) and linear.is_faster(num_rows, weight):
-            return linear.linear(x, weight, bias, norm_K=norm, eps=eps, gated=gated, residual=residual)
+        return linear(x, weight, bias, norm_K=norm, eps=eps, gated=gated, residual=residual)
     if norm is not None:
         x = F.rms_norm(x, norm.shape, norm, eps)
-    if residual is not None and bias is None and not gated and on_cuda:
-        return torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t()).view(residual.shape)
     out = F.linear(x, weight, bias)
-    if gated:
+    if gated and _has_kernels(x):
+        from .kernels.gate import gate
+
+        out = gate(out)
+    elif gated:
         first, second = out.chunk(2, -1)
-        out = gate.gate(out) if on_cuda else F.silu(first) * second
+        out = F.silu(first) * second
     return out if residual is None else out + residual
+
+
+def _linear_pair(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor,
+    eps: float,
+    next_weight: Tensor,
+    next_bias: Tensor | None,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    if _has_kernels(x) and not _is_ours(x, weight):
+        from .kernels.norm import add_norm
+
+        total, normed = add_norm(F.linear(x, weight, bias), residual, norm, eps)
+        return total, _linear(normed, next_weight, next_bias, gated=gated)
+    total = _linear(x, weight, bias, residual=residual)
+    return total, _linear(total, next_weight, next_bias, norm, eps, gated)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cuda and find_spec("triton") is not None
+
+
+def _is_ours(x: Tensor, weight: Tensor) -> bool:
+    if not _has_kernels(x):
+        return False
+    from .kernels.linear import is_faster, suits
+
+    return suits(weight) and is_faster(x.shape[:-1].numel(), weight)
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias=None, norm=None, eps=0.0, gated=False, residual=None) -> Tensor:
     return x.new_empty((*x.shape[:-1], len(weight) // 2 if gated else len(weight)))
+
+
+def _linear_pair_fake(
+    x: Tensor, residual: Tensor, weight: Tensor, bias, norm, eps, next_weight, next_bias, gated
+) -> tuple[Tensor, Tensor]:
+    total = x.new_empty((*x.shape[:-1], len(weight)))
+    return total, _linear_fake(total, next_weight, gated=gated)
 
 
 def _attend_fake(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, group: int, *rotary) -> Tensor:
@@ -122,12 +162,17 @@ _LINEAR = (
     "Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm=None, float eps=0.0, bool gated=False, "
     "Tensor? residual=None"
 )
+_LINEAR_PAIR = (
+    "Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor norm, float eps, Tensor next_weight, "
+    "Tensor? next_bias, bool gated"
+)
 for _name, _schema, _function, _fake in (
-    ("attend", _ARGUMENTS, _attend, _attend_fake),
-    ("rotary_attend", f"{_ARGUMENTS}, {_ROTARY}", _rotary_attend, _attend_fake),
-    ("linear", _LINEAR, _linear, _linear_fake),
+    ("attend", f"({_ARGUMENTS}) -> Tensor", _attend, _attend_fake),
+    ("rotary_attend", f"({_ARGUMENTS}, {_ROTARY}) -> Tensor", _rotary_attend, _attend_fake),
+    ("linear", f"({_LINEAR}) -> Tensor", _linear, _linear_fake),
+    ("linear_pair", f"({_LINEAR_PAIR}) -> (Tensor, Tensor)", _linear_pair, _linear_pair_fake),
 ):
-    _library.define(f"{_name}({_schema}) -> Tensor")
+    _library.define(f"{_name}{_schema}")
     _library.impl(_name, _function, "CPU")
     _library.impl(_name, _function, "CUDA")
     torch.library.register_fake(f"graphattn::{_name}", _fake, lib=_library)

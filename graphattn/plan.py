@@ -12,6 +12,7 @@ from .backends.fused import FusedBackend
 from .backends.reference import ReferenceBackend
 from .batch import Batch
 from .errors import BackendError, InvalidArgumentError
+from .spans import BackendSpan, BackendTable, Spans, backend_at, checked_spans
 from .spec import AttentionSpec, CacheSpec
 from .state import StepState
 
@@ -67,36 +68,102 @@ class Planner:
         groups: the layer groups, in the order that `Attention.group` counts.
         cache: pages, page size and dtype.
         device: where the steps run.
-        backend: "auto", "fused", "flashinfer" or "reference".
+        backend: "auto", "fused", "flashinfer" or "reference"; or who serves each bucket at how many tokens a row.
+
+    Attributes:
+        backends: one for each layer group; of a table, its first. They prefill.
+        table: who serves each bucket; None where one backend serves all.
 
     Raises:
-        BackendError: the backend cannot serve a group.
+        BackendError: the backend, or one of the table, cannot serve a group.
+        InvalidArgumentError: no backend has that name, or a table that does not say who serves a context.
     """
 
     def __init__(
-        self, groups: Sequence[AttentionSpec], cache: CacheSpec, device: torch.device | str, backend: str = "auto"
+        self,
+        groups: Sequence[AttentionSpec],
+        cache: CacheSpec,
+        device: torch.device | str,
+        backend: str | BackendTable = "auto",
     ):
         device = torch.device(device)
         self.groups, self.cache, self.device = tuple(groups), cache, device
-        self.backends: list[Backend] = [
-            choose_backend(backend, spec, cache, device)(index, spec, cache, device)
-            for index, spec in enumerate(self.groups)
-        ]
 
-    def decode(self, state: StepState, bucket: int) -> StepPlan:
-        """The plans of a bucket."""
-        return StepPlan([backend.decode_plan(state, bucket) for backend in self.backends])
+        def made(name: str) -> list[Backend]:
+            return [
+                choose_backend(name, spec, cache, device)(index, spec, cache, device)
+                for index, spec in enumerate(self.groups)
+            ]
 
-    def prefill(self) -> StepPlan:
-        """The plans of a ragged step."""
-        return StepPlan([backend.prefill_plan() for backend in self.backends])
+        self.table: dict[int, Spans] | None = None
+        if isinstance(backend, str):
+            backends = made(backend)
+            self._made = {", ".join(dict.fromkeys(each.name for each in backends)): backends}
+        else:
+            self.table = {bucket: checked_spans(backend[bucket]) for bucket in sorted(backend)}
+            names = dict.fromkeys(span.backend for spans in self.table.values() for span in spans)
+            if not names or not BACKENDS.keys() >= names.keys():
+                raise InvalidArgumentError(f"a table of the backends {[*names]}: choose among {', '.join(BACKENDS)}")
+            self._made = {name: made(name) for name in names}
+        self._first, self.backends = next(iter(self._made.items()))
 
     @property
-    def capturable(self) -> bool:
-        """Whether decode plans may be captured in a CUDA graph."""
-        return all(backend.capturable for backend in self.backends)
+    def all_names(self) -> tuple[str, ...]:
+        """Every backend that serves some bucket."""
+        return tuple(self._made)
+
+    def spans(self, bucket: int) -> Spans:
+        """Who serves a bucket, at how many tokens a row.
+
+        Raises:
+            InvalidArgumentError: the table has no such bucket.
+        """
+        if self.table is None:
+            return (BackendSpan(context=1, backend=self._first),)
+        if bucket not in self.table:
+            raise InvalidArgumentError(f"no backend for bucket {bucket}: the table has {list(self.table)}; add it")
+        return self.table[bucket]
+
+    def names(self, bucket: int) -> tuple[str, ...]:
+        """The backends that serve a bucket, each once."""
+        return tuple(dict.fromkeys(span.backend for span in self.spans(bucket)))
+
+    def backend_for(self, bucket: int, seq_lens: Sequence[int]) -> str:
+        """The one that serves these rows at a bucket: by their tokens, shared out evenly among its rows."""
+        spans = self.spans(bucket)
+        return spans[0].backend if len(spans) == 1 else backend_at(spans, max(1, -(-sum(seq_lens) // bucket)))
+
+    def leave_out(self, bucket: int, backend: str) -> None:
+        """Has the other backends of a bucket serve what this one did, each what follows where it begins."""
+        left: list[BackendSpan] = []
+        for span in self.spans(bucket):
+            if span.backend != backend and (not left or left[-1].backend != span.backend):
+                left.append(span if left else BackendSpan(context=1, backend=span.backend))
+        self.table = {**self.table, bucket: checked_spans(left)}
+
+    def decode(self, state: StepState, bucket: int, backend: str | None = None) -> StepPlan:
+        """The plans of a bucket, by the backend of that name; None for the first."""
+        return StepPlan([each.decode_plan(state, bucket) for each in self._made[backend or self._first]])
+
+    def prefill(self, kernel: str = "auto", max_tokens: int = 0) -> StepPlan:
+        """The plans of a ragged step.
+
+        Args:
+            kernel: "auto", FlashInfer's "fa2" or "fa3"; "auto" is fa3 for batches that are large enough, if
+                `max_tokens` is, on a Hopper GPU, and fa2 for others.
+            max_tokens: query tokens of the largest batch.
+
+        Raises:
+            BackendError: the backend cannot compute prefill so, here; says why.
+        """
+        return StepPlan([backend.prefill_plan(kernel, max_tokens) for backend in self.backends])
+
+    @property
+    def not_capturable(self) -> list[str]:
+        """Backends whose decode plans may not be captured in a CUDA graph."""
+        return [name for name, backends in self._made.items() if not all(each.capturable for each in backends)]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the backends' workspaces on the device."""
-        return sum(backend.num_bytes for backend in self.backends)
+        return sum(backend.num_bytes for backends in self._made.values() for backend in backends)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,27 +16,19 @@ from . import __version__
 from .buckets import BucketLadder
 from .document import read_document, write_document
 from .errors import InvalidArgumentError
+from .spans import BackendSpan, BackendTable, StepTime, backend_at, best_spans, checked_spans
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+ORIGIN = ("device", "versions", "model", "page_size", "layout")  # what a profile holds for
 PACKAGES = {"triton": "triton", "flashinfer": "flashinfer-python"}  # beside graphattn and torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepTime:
-    """Seconds of one decode step with every row of a bucket at `context` tokens: 20, 50 and 80 % took no longer."""
-
-    context: int
-    p20: float
-    p50: float
-    p80: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class BucketProfile:
-    """What one bucket takes.
+class BackendProfile:
+    """What one bucket takes with one backend.
 
     Attributes:
-        bucket: rows.
+        backend: who attends.
         capture_seconds: planning, warm-up (with compilation, if the step compiles) and capture.
         pool_bytes: what its graph added to torch's private pool; 0 without CUDA graphs.
         driver_bytes: by how much the driver's free memory shrank beyond that.
@@ -43,7 +36,7 @@ class BucketProfile:
         steps: its step at each context that was measured; may be empty.
     """
 
-    bucket: int
+    backend: str
     capture_seconds: float
     pool_bytes: int = 0
     driver_bytes: int = 0
@@ -52,15 +45,52 @@ class BucketProfile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BucketProfile:
+    """What one bucket takes, and who serves it.
+
+    Attributes:
+        bucket: rows.
+        backends: what was measured, by backend.
+        spans: who serves it, at how many tokens a row; a backend that is not among them is not captured.
+
+    Raises:
+        InvalidArgumentError: a backend that was not measured serves it, or nobody serves some context.
+    """
+
+    bucket: int
+    backends: tuple[BackendProfile, ...]
+    spans: tuple[BackendSpan, ...]
+
+    def __post_init__(self):
+        measured = [each.backend for each in self.backends]
+        for span in checked_spans(self.spans):
+            if span.backend not in measured:
+                raise InvalidArgumentError(
+                    f"bucket {self.bucket} is served by {span.backend!r}, measured were {measured}: choose among those"
+                )
+
+    @property
+    def captured(self) -> tuple[BackendProfile, ...]:
+        """What each backend that serves it takes: a start captures it with all of these."""
+        return tuple(each for each in self.backends if each.backend in {span.backend for span in self.spans})
+
+    def backend_at(self, context: int) -> str:
+        """Who serves it at that many tokens a row."""
+        return backend_at(self.spans, context)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StartCosts:
     """What a start took beside weights and cache.
 
     Attributes:
+        backends: who attended at some bucket.
         settings: what that depends on beside the model, the device and the ladder; a start with others measures anew.
         max_seq_len: tokens that requests could reach; a start for fewer takes no more.
         growth: bytes by line of the ledger.
     """
 
+    backends: tuple[str, ...]
     settings: dict[str, Any]
     max_seq_len: int
     growth: dict[str, int]
@@ -68,7 +98,7 @@ class StartCosts:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureProfile:
-    """A ladder, what its buckets took, and what they were measured on. `LLM(capture_profile=PATH)` starts from it.
+    """A ladder, who serves its buckets, what they took and on what. `LLM(capture_profile=PATH)` starts from it.
 
     Attributes:
         device: name of the device.
@@ -78,7 +108,7 @@ class CaptureProfile:
         layout: of a page.
         ladder: the buckets to capture; all of them were measured.
         buckets: what was measured, which may be more than the ladder.
-        costs: what the start took besides.
+        costs: what each start took besides that was measured.
 
     Raises:
         InvalidArgumentError: no ladder, or one with a bucket that was not measured.
@@ -95,7 +125,7 @@ class CaptureProfile:
     layout: str
     ladder: tuple[int, ...]
     buckets: tuple[BucketProfile, ...]
-    costs: StartCosts
+    costs: tuple[StartCosts, ...]
 
     def __post_init__(self):
         object.__setattr__(self, "ladder", BucketLadder(self.ladder).sizes)
@@ -109,6 +139,39 @@ class CaptureProfile:
     @property
     def max_batch(self) -> int:
         return self.ladder[-1]
+
+    @property
+    def backends(self) -> BackendTable:
+        """Who serves each bucket of the ladder, at how many tokens a row."""
+        return {each.bucket: each.spans for each in self.buckets if each.bucket in self.ladder}
+
+    @classmethod
+    def merge(cls, profiles: Sequence[CaptureProfile]) -> CaptureProfile:
+        """One profile of engines that were measured with a backend each, every bucket served by the best of them.
+
+        Args:
+            profiles: of one model on one device, with the same buckets and every backend's steps at the same contexts;
+                where two are alike, the earlier one's backend serves.
+
+        Raises:
+            InvalidArgumentError: no profiles, profiles of different things or buckets, or a bucket without steps.
+        """
+        if not profiles:
+            raise InvalidArgumentError("no profiles to merge: measure at least one")
+        first, measured = profiles[0], [{each.bucket: each for each in profile.buckets} for profile in profiles]
+        for profile, buckets in zip(profiles, measured, strict=True):
+            profile.check(**{name: getattr(first, name) for name in ORIGIN})
+            if buckets.keys() != measured[0].keys():
+                raise InvalidArgumentError(
+                    f"profiles of the buckets {[*measured[0]]} and {[*buckets]}: measure the same with every backend"
+                )
+        merged = []
+        for bucket in measured[0]:
+            backends = tuple(each for buckets in measured for each in buckets[bucket].backends)
+            spans = best_spans({each.backend: each.steps for each in backends})
+            merged.append(BucketProfile(bucket=bucket, backends=backends, spans=spans))
+        costs = tuple(each for profile in profiles for each in profile.costs)
+        return replace(first, buckets=tuple(merged), costs=costs)
 
     def save(self, path: str | Path) -> None:
         """Writes it as JSON."""
@@ -126,11 +189,10 @@ class CaptureProfile:
             for name in ("versions", "model"):
                 if not isinstance(found[name], dict):
                     raise TypeError(f"{name} is {found[name]!r}")
-            found["buckets"] = tuple(
-                BucketProfile(**(each | {"steps": tuple(StepTime(**step) for step in each["steps"])}))
-                for each in found["buckets"]
+            found["buckets"] = tuple(_bucket(each) for each in found["buckets"])
+            found["costs"] = tuple(
+                StartCosts(**(each | {"backends": tuple(each["backends"])})) for each in found["costs"]
             )
-            found["costs"] = StartCosts(**found["costs"])
             return cls(**found)
         except (TypeError, KeyError, InvalidArgumentError) as error:
             raise InvalidArgumentError(
@@ -162,6 +224,16 @@ class CaptureProfile:
                 f"the capture profile was made for something else ({'; '.join(differs)}): measure anew with "
                 "tools/capture.py, or pass buckets= instead"
             )
+
+
+def _bucket(found: dict[str, Any]) -> BucketProfile:
+    """A bucket as `save` wrote it."""
+    backends = [
+        BackendProfile(**(each | {"steps": tuple(StepTime(**step) for step in each["steps"])}))
+        for each in found["backends"]
+    ]
+    spans = [BackendSpan(**span) for span in found["spans"]]
+    return BucketProfile(**(found | {"backends": tuple(backends), "spans": tuple(spans)}))
 
 
 def origin(model: nn.Module, *, page_size: int, layout: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ CAPTURE_OOM_MODES = ("raise", "shrink")
 
 @dataclass
 class _Bucket:
+    backend: str
     plan: StepPlan
     token_ids_B: Tensor
     positions_B: Tensor
@@ -61,10 +62,11 @@ class DecodeRunner:
 
     Attributes:
         ladder: the buckets that steps run at.
-        captures: a `Capture` per captured bucket, in order.
+        captures: a `Capture` per captured bucket and backend, in order.
         shortage: which buckets were left out for want of memory, in words; None if none were.
         counts: steps by how they ran: "replay", "eager", and "guard" (a plan that no longer matched its capture).
         rows: steps by the number of rows asked for, padding left out.
+        served: steps by bucket and backend.
 
     Raises:
         BackendError: a CUDA graph was asked of a backend that cannot be captured.
@@ -100,17 +102,18 @@ class DecodeRunner:
             if mode not in modes:
                 raise InvalidArgumentError(f"{name}={mode!r}: choose {' or '.join(modes)}")
         self.uses_graphs = state.device.type == "cuda" and not enforce_eager
-        if self.uses_graphs and not planner.capturable:
+        if self.uses_graphs and planner.not_capturable:
             raise BackendError(
-                f"backend {planner.backends[0].name} cannot run inside a CUDA graph: pass enforce_eager=True"
+                f"backend {planner.not_capturable[0]} cannot run inside a CUDA graph: pass enforce_eager=True"
             )
         self.state, self.planner, self.ladder = state, planner, ladder
         self.captures: list[Capture] = []
         self.counts: Counter[str] = Counter()
         self.rows: Counter[int] = Counter()
+        self.served: Counter[tuple[int, str]] = Counter()
         self.shortage: str | None = None
         self._step_fn, self._lazy, self._shrinks = step_fn, capture == "lazy", on_capture_oom == "shrink"
-        self._buckets: dict[int, _Bucket] = {}
+        self._buckets: dict[tuple[int, str], _Bucket] = {}
         self._outputs, self._is_closed = Outputs(), False
         self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
         self._stream = torch.cuda.Stream(state.device) if self.uses_graphs else None
@@ -135,19 +138,19 @@ class DecodeRunner:
         Raises:
             CaptureMemoryError: memory does not hold some of them (with "shrink": any of them).
         """
-        asked, sizes = self.ladder, sorted(self.ladder, reverse=True)
+        self._check_open()
+        asked, table, sizes = self.ladder, self.planner.table, sorted(self.ladder, reverse=True)
         wanted = min(len(sizes), max_buckets or (1 if self._lazy else len(sizes)))
-        failed: dict[int, str] = {}
+        failed: dict[tuple[int, str | None], str] = {}
         for done, bucket in enumerate(sizes, start=1):
-            reason = self._prepare_or_drop(bucket)
-            if reason is not None:
-                failed[bucket] = reason
+            for backend in self.planner.names(bucket):
+                failed |= self._prepare_or_drop(bucket, backend)
             if progress is not None:
                 progress(min(done, wanted), wanted)
-            if done - len(failed) == wanted:
+            if done - sum(backend is None for _, backend in failed) == wanted:
                 break
         if not self._buckets:
-            self.ladder = asked  # nothing fits now, and all may be tried again
+            self.ladder, self.planner.table = asked, table  # nothing fits now, and all may be tried again
         if failed:
             self._report(failed)
         return self.captures
@@ -183,12 +186,12 @@ class DecodeRunner:
                 arguments are not of one length.
             CaptureError: a bucket that is captured now could not be; CaptureMemoryError for want of memory.
         """
-        bucket = self._ready(len(token_ids))
-        prepared = self._buckets[bucket]
+        bucket, prepared = self._ready(len(token_ids), seq_lens)
         num_pages = self.planner.cache.num_pages
         batch = self.state.stage(bucket, token_ids, seq_lens, tables, drawn=drawn, num_pages=num_pages)
         prepared.plan.plan(batch)
         self.rows[len(token_ids)] += 1
+        self.served[bucket, prepared.backend] += 1
         if prepared.graph is None or eager:
             self.counts["eager"] += 1
             self._call(prepared)
@@ -203,13 +206,6 @@ class DecodeRunner:
             self._call(prepared)
         return self._outputs.rows(len(token_ids))
 
-    def bucket_steps(self) -> dict[int, int]:
-        """Steps run at each bucket of the ladder."""
-        steps = dict.fromkeys(self.ladder, 0)
-        for num_rows, count in self.rows.items():
-            steps[self.ladder.pick(num_rows)] += count
-        return steps
-
     def verify(
         self, token_ids: Sequence[int], seq_lens: Sequence[int], tables: Sequence[Sequence[Sequence[int]]]
     ) -> None:
@@ -222,7 +218,9 @@ class DecodeRunner:
         replayed = [output.clone() for output in (replayed if isinstance(replayed, tuple) else (replayed,))]
         bucket = self.ladder.pick(len(token_ids))
         self.state.stage(bucket, token_ids, seq_lens, tables, num_pages=self.planner.cache.num_pages)
-        self._call(self._buckets[bucket])
+        bucket, prepared = self._ready(len(token_ids), seq_lens)
+        self.state.stage(bucket, token_ids, seq_lens, tables, num_pages=self.planner.cache.num_pages)
+        self._call(prepared)
         self._outputs.compare(replayed)
 
     def close(self) -> None:
@@ -235,53 +233,62 @@ class DecodeRunner:
         for name in ("state", "planner", "_step_fn"):
             vars(self).pop(name, None)
 
-    def _ready(self, num_rows: int) -> int:
-        """The bucket that rows run at, captured now if it was not yet."""
-        bucket = self.ladder.pick(num_rows)
-        reason = self._prepare_or_drop(bucket)
-        if reason is None:
-            return bucket
-        self._report({bucket: reason})
-        return self._ready(num_rows)
-
-    def _prepare_or_drop(self, bucket: int) -> str | None:
-        """Prepares a bucket, or says how memory did not hold it; what it took is then given back and it has left the
-        ladder, unless it is the last."""
+    def _check_open(self) -> None:
         if self._is_closed:
             raise CaptureError("the runner is closed, its graphs are freed: make a new one")
-        if bucket in self._buckets:
-            return None
+
+    def _ready(self, num_rows: int, seq_lens: Sequence[int]) -> tuple[int, _Bucket]:
+        """The bucket that rows run at, with the backend that serves them, captured now if it was not yet."""
+        self._check_open()
+        bucket = self.ladder.pick(num_rows)
+        backend = self.planner.backend_for(bucket, seq_lens)
+        failed = self._prepare_or_drop(bucket, backend)
+        if not failed:
+            return bucket, self._buckets[bucket, backend]
+        self._report(failed)
+        return self._ready(num_rows, seq_lens)
+
+    def _prepare_or_drop(self, bucket: int, backend: str) -> dict[tuple[int, str | None], str]:
+        """Prepares a bucket with a backend, or says how memory did not hold it; what it took is then given back.
+
+        The bucket's other backends then serve what this one did. Without any, it has left the ladder, unless it is the
+        last, and is named with None for a backend.
+        """
+        if (bucket, backend) in self._buckets:
+            return {}
         try:
-            self._prepare(bucket)
+            self._prepare(bucket, backend)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             reason = first_line(error)
         else:
-            return None
+            return {}
         if not self._buckets:
             self._outputs.clear()  # they have the rows of the largest bucket
-        if len(self.ladder) > 1:
+        has_others = len(self.planner.names(bucket)) > 1
+        if has_others:
+            self.planner.leave_out(bucket, backend)
+        elif len(self.ladder) > 1:
             self.ladder = BucketLadder([size for size in self.ladder if size != bucket])
         gc.collect()  # of what the failed step's frames held
         if self.state.device.type == "cuda":
             torch.cuda.empty_cache()
-        return reason
+        return {(bucket, backend if has_others else None): reason}
 
-    def _report(self, failed: dict[int, str]) -> None:
+    def _report(self, failed: dict[tuple[int, str | None], str]) -> None:
         """Says what was left out: as an error, or as a warning if that was asked for and anything is left."""
-        free, captured = read_meters(self.state.device).free, tuple(sorted(self._buckets))
+        free, captured = read_meters(self.state.device).free, tuple(sorted({bucket for bucket, _ in self._buckets}))
         text = capture_shortage(failed, self.captures, max_batch=self.state.max_batch, free=free)
         self.shortage = text
         if not (captured and self._shrinks):
-            raise CaptureMemoryError(text, failed=tuple(sorted(failed)), captured=captured)
+            raise CaptureMemoryError(text, failed=tuple(sorted({bucket for bucket, _ in failed})), captured=captured)
         warnings.warn(text, RuntimeWarning, stacklevel=4)
 
-    def _prepare(self, bucket: int) -> None:
+    def _prepare(self, bucket: int, backend: str) -> None:
         started = time.perf_counter()
-        prepared = _Bucket(
-            self.planner.decode(self.state, bucket), self.state.token_ids(bucket), self.state.positions(bucket)
-        )
+        plan = self.planner.decode(self.state, bucket, backend)
+        prepared = _Bucket(backend, plan, self.state.token_ids(bucket), self.state.positions(bucket))
         with self._rehearsal(bucket) as batch:
             prepared.plan.plan(batch)
             if not len(self._outputs):
@@ -289,8 +296,9 @@ class DecodeRunner:
         if self.uses_graphs:
             self._capture_graph(bucket, prepared, started)
         else:
-            self.captures.append(Capture(bucket=bucket, seconds=time.perf_counter() - started))
-        self._buckets[bucket] = prepared
+            seconds = time.perf_counter() - started
+            self.captures.append(Capture(bucket=bucket, backend=backend, seconds=seconds))
+        self._buckets[bucket, backend] = prepared
 
     @contextmanager
     def _rehearsal(self, bucket: int) -> Iterator[Batch]:
@@ -327,8 +335,9 @@ class DecodeRunner:
             lambda: self._call(prepared), bucket=bucket, pool=self.pool, stream=self._stream, device=device
         )
         prepared.graph, prepared.signature = graph, prepared.plan.signature
-        capture = Capture(bucket=bucket, seconds=time.perf_counter() - started, **bytes_taken)
-        for earlier in [capture for capture in self.captures if capture.bucket == bucket]:
+        seconds = time.perf_counter() - started
+        capture = Capture(bucket=bucket, backend=prepared.backend, seconds=seconds, **bytes_taken)
+        for earlier in [each for each in self.captures if (each.bucket, each.backend) == (bucket, capture.backend)]:
             self.captures.remove(earlier)
             capture = capture.after(earlier)
         self.captures.append(capture)

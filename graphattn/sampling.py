@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import NamedTuple
 
 from .errors import InvalidArgumentError
 
@@ -111,9 +112,52 @@ class RowSampling:
     banned: Collection[int] = ()
 
 
+class Ask(NamedTuple):
+    """The numbers that decide how a row draws, in the order in which kernels read them.
+
+    Attributes:
+        seed: in [0, 2**63).
+        temperature: in [1e-30, 1e30], or 0 for the most likely token, whatever the filters are.
+        log_min_p: -inf where it is off.
+        top_k: 0 where it is off.
+        tail: 1 - top_p, or -1 where it is off.
+        penalty: of ids seen, in [1e-30, 1e30]; 1 where it is off.
+        banned_until: eos and stop ids are not drawn at positions before it.
+    """
+
+    seed: int
+    temperature: float = 0.0
+    log_min_p: float = -math.inf
+    top_k: float = 0.0
+    tail: float = -1.0
+    penalty: float = 1.0
+    banned_until: float = 0.0
+
+    @classmethod
+    def of(cls, params: SamplingParams, seed: int, banned_until: int = 0) -> Ask:
+        """What `params` ask; filters that are on but remove nothing are off."""
+        seed, penalty = seed % 2**63, _within(params.repetition_penalty)
+        if params.is_greedy:
+            return cls(seed, penalty=penalty, banned_until=banned_until)
+        return cls(
+            seed=seed,
+            temperature=_within(params.temperature),
+            log_min_p=math.log(params.min_p) if params.min_p else -math.inf,
+            top_k=min(params.top_k, 2**31 - 1),  # more than any vocabulary
+            tail=1 - params.top_p if params.top_p < 1 else -1.0,
+            penalty=penalty,
+            banned_until=banned_until,
+        )
+
+
 def stop_ids(params: SamplingParams, eos_token_ids: Iterable[int]) -> frozenset[int]:
     """Ids that end the request: its `stop_token_ids`, and the model's eos unless `ignore_eos`."""
     return frozenset(params.stop_token_ids).union(() if params.ignore_eos else eos_token_ids)
+
+
+def _within(factor: float) -> float:
+    """Nearer to 1 where float32 would make 0 or inf of it."""
+    return min(max(factor, 1e-30), 1e30)
 
 
 def _checked(name: str, value: object, kind: type, allowed: str, inside: Callable[[float], bool]) -> int | float:

@@ -31,24 +31,27 @@ def first_line(error: BaseException) -> str:
 
 
 def capture_shortage(
-    failed: Mapping[int, str], captures: Sequence[Capture], *, max_batch: int, free: int | None
+    failed: Mapping[tuple[int, str | None], str], captures: Sequence[Capture], *, max_batch: int, free: int | None
 ) -> str:
     """What to say about buckets that memory did not hold.
 
     Args:
-        failed: how each of them failed.
+        failed: how each of them failed, by bucket and backend; None for a backend if it is left with none.
         captures: those that fit.
         max_batch: rows that were asked for.
         free: bytes that are free now.
     """
-    captured = sorted(capture.bucket for capture in captures)
+    captured = sorted({capture.bucket for capture in captures})
+    gone = sorted(bucket for bucket, backend in failed if backend is None)
+    apart = [f"bucket {bucket} with {backend}" for bucket, backend in failed if backend and bucket not in gone]
+    named = " and ".join([*([f"buckets {gone}"] if gone else []), *apart])
     text = (
-        f"buckets {sorted(failed)} could not be captured for want of memory ({next(iter(failed.values()))}); "
-        f"{mib(free)} MiB are free. "
+        f"{named} could not be captured for want of memory ({next(iter(failed.values()))}); {mib(free)} MiB are free. "
     )
     if captured:
         size = mib(sum(capture.pool_bytes + capture.driver_bytes for capture in captures))
-        text += f"{captured} fit, in {size} MiB, and stay usable: rows run at the next larger one. "
+        text += f"{captured} fit, in {size} MiB, and stay usable: rows run at the next larger one"
+        text += ", or with their bucket's other backend. " if apart else ". "
         if captured[-1] < max_batch:
             text += f"max_batch is lowered from {max_batch} to {captured[-1]}. "
     return (

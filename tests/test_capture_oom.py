@@ -56,7 +56,9 @@ class Memory:
                 raise CaptureError(f"the step at bucket {bucket} runs but cannot be captured") from error
         self.room -= self.costs[bucket]
         prepared.graph, prepared.signature = Replayed(runner, bucket, prepared), prepared.plan.signature
-        runner.captures.append(Capture(bucket=bucket, seconds=1.0, pool_bytes=self.costs[bucket]))
+        runner.captures.append(
+            Capture(bucket=bucket, backend=prepared.backend, seconds=1.0, pool_bytes=self.costs[bucket])
+        )
 
 
 def new_runner(patch: pytest.MonkeyPatch, memory: Memory, **options) -> DecodeRunner:
@@ -145,7 +147,7 @@ def test_a_bucket_that_fails_when_it_is_first_used(monkeypatch) -> None:
     with pytest.warns(RuntimeWarning) as warned:
         assert runner.run(*rows(2)).tolist() == [0, 2]
     assert [str(each.message).split(" could")[0] for each in warned] == ["buckets [2]", "buckets [4]"]
-    assert runner.ladder.sizes == (1, 6, 8) and runner.bucket_steps() == {1: 0, 6: 1, 8: 0}
+    assert runner.ladder.sizes == (1, 6, 8) and runner.served == {(6, "reference"): 1}
     runner = new_runner(monkeypatch, Memory(10, costs), capture="lazy")
     runner.capture()
     for failed in (2, 4):
@@ -237,10 +239,10 @@ def test_what_a_capture_took_by_each_meter(before: Meters, after: Meters, found:
 
 
 def test_captures_of_one_bucket_add_up() -> None:
-    first = Capture(bucket=4, seconds=1.0, pool_bytes=5, driver_bytes=6, nvml_bytes=11)
-    both = Capture(bucket=4, seconds=2.0, pool_bytes=1, driver_bytes=2, nvml_bytes=3).after(first)
-    assert both == Capture(bucket=4, seconds=3.0, pool_bytes=6, driver_bytes=8, nvml_bytes=14)
-    assert Capture(bucket=4, seconds=2.0).after(first).nvml_bytes is None
+    first = Capture(bucket=4, backend="fused", seconds=1.0, pool_bytes=5, driver_bytes=6, nvml_bytes=11)
+    both = Capture(bucket=4, backend="fused", seconds=2.0, pool_bytes=1, driver_bytes=2, nvml_bytes=3).after(first)
+    assert both == Capture(bucket=4, backend="fused", seconds=3.0, pool_bytes=6, driver_bytes=8, nvml_bytes=14)
+    assert Capture(bucket=4, backend="fused", seconds=2.0).after(first).nvml_bytes is None
 
 
 @pytest.mark.parametrize("mode", ["raise", "shrink"])
@@ -267,10 +269,10 @@ def test_an_engine_lowers_its_max_batch_or_is_never_made(monkeypatch, mode: str)
 def preparing(memory: Memory, real):
     """Takes a bucket's bytes before it is prepared."""
 
-    def prepare(runner: DecodeRunner, bucket: int) -> None:
+    def prepare(runner: DecodeRunner, bucket: int, backend: str) -> None:
         if memory.costs[bucket] > memory.room:
             raise torch.OutOfMemoryError(OOM)
         memory.room -= memory.costs[bucket]
-        real(runner, bucket)
+        real(runner, bucket, backend)
 
     return prepare

@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 
 from graphattn import LLM, BucketLadder, CaptureProfile, SamplingParams, Traffic, best_ladder
+from graphattn.backends.reference import ReferenceBackend
+from graphattn.plan import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 SHAPE = ROOT / "tools" / "shapes" / "tiny.json"
@@ -54,16 +56,19 @@ def test_every_bucket_is_measured(with_trace: tuple[dict, str], folder: Path) ->
     assert document == json.loads((folder / "capture.json").read_text())
     assert [row["bucket"] for row in document["buckets"]] == [1, 2, 3, 4, 6, 7, 8, 12]
     for row in document["buckets"]:
-        assert row["capture_s"] > 0 and row["pool_bytes"] >= 0 and row["driver_bytes"] >= 0
-        assert row["nvml_bytes"] is None or row["nvml_bytes"] >= 0
-        assert [step["context"] for step in row["steps"]] == document["contexts"] == [16, 40]
-        for step in row["steps"]:
+        assert {span["backend"] for span in row["spans"]} <= {each["backend"] for each in row["backends"]}
+        for each in row["backends"]:
+            assert each["capture_s"] > 0 and each["pool_bytes"] >= 0 and each["driver_bytes"] >= 0
+            assert each["nvml_bytes"] is None or each["nvml_bytes"] >= 0
+            assert [step["context"] for step in each["steps"]] == document["contexts"] == [16, 40]
+        for step in (step for each in row["backends"] for step in each["steps"]):
             assert 0 < step["step_ms"]["p20"] <= step["step_ms"]["p50"] <= step["step_ms"]["p80"]
             assert step["floor_ms"] > 0 and (step["eager_ms"] is None) == (not torch.cuda.is_available())
     assert "captured 8 buckets" in said and "timed 8 buckets" in said
     assert "What each bucket takes" in said and "What each bucket buys" in said
     assert document["model"]["name"] == "tiny" and document["model"]["layers"] == 2
-    lines = {line["name"]: line["bytes"] for line in document["ledger"]["lines"]}
+    (engine,) = (each for each in document["engines"] if "ledger" in each)
+    lines = {line["name"]: line["bytes"] for line in engine["ledger"]["lines"]}
     assert lines["weights"] > 0 and lines["logits"] > 0 and "KV pages" in said and "shared by all buckets" in said
 
 
@@ -76,7 +81,13 @@ def test_the_padding_that_a_bucket_saves(with_trace: tuple[dict, str]) -> None:
 
 def test_the_chosen_ladder_is_the_best_of_what_was_measured(with_trace: tuple[dict, str]) -> None:
     document, _ = with_trace
-    times = {row["bucket"]: row["steps"][0]["step_ms"]["p50"] / 1e3 for row in document["buckets"]}
+    times = {
+        row["bucket"]: step["step_ms"]["p50"] / 1e3
+        for row in document["buckets"]
+        for each in row["backends"]
+        for step in each["steps"][:1]
+        if step["serves"]
+    }
     best = best_ladder(TRAFFIC, times, max_buckets=3)
     chosen, *others = document["choice"]["ladders"]
     assert chosen["name"] == "chosen" and tuple(chosen["sizes"]) == best.sizes
@@ -91,7 +102,8 @@ def test_the_chosen_ladder_is_the_best_of_what_was_measured(with_trace: tuple[di
 def test_an_engine_starts_from_the_profile(with_trace: tuple[dict, str], folder: Path, tool) -> None:
     profile = CaptureProfile.load(folder / "capture.profile")
     assert list(profile.ladder) == with_trace[0]["choice"]["ladders"][0]["sizes"]
-    assert all([step.context for step in each.steps] == [16, 40] for each in profile.buckets)
+    for bucket in profile.buckets:
+        assert all([step.context for step in each.steps] == [16, 40] for each in bucket.backends)
     on = "cuda" if torch.cuda.is_available() else "cpu"
     model = tool("benchmark.shape").random_model(SHAPE, getattr(torch, profile.model["dtype"]), on)
     with LLM(model, max_batch=12, num_pages=40, capture_profile=folder / "capture.profile") as llm:
@@ -155,15 +167,79 @@ def test_a_trace_of_another_size_is_refused(tool, tmp_path: Path) -> None:
 
 
 def test_contexts_that_do_not_fit_are_left_out(tool) -> None:
-    capturing = tool("capturing.measure")
+    capturing, backends = tool("capturing.measure"), tool("capturing.backends")
     model = tool("benchmark.shape").random_model(SHAPE, torch.float32, "cpu")
     with LLM(model, max_batch=2, num_pages=8) as llm, capturing.progress(Console()) as bars:
         rows, profile = capturing.measure(llm, [64, 16], 2, rate=1e9, compares=True, bars=bars)
-    assert [[step.context for step in each.steps] for each in profile.buckets] == [[16, 64], [16]]
+    measured = [each.backends[0].steps for each in profile.buckets]
+    assert [[step.context for step in steps] for steps in measured] == [[16, 64], [16]]
     assert "10 pages needed for 2 rows of 68 tokens" in rows[1]["steps"][1]["reason"]
     assert rows[0]["steps"][0]["eager_ms"]["p50"] > 0
     lines = [{"name": name, "bytes": size << 20} for name, size in (("logits", 3), ("workspaces", 4), ("weights", 9))]
-    table = tool("capturing.report").bucket_table({"buckets": rows, "trace": None, "ledger": {"lines": lines}})
+    shown = [
+        {"bucket": bucket.bucket, "backends": [backends.with_serves(row, bucket)]}
+        for row, bucket in zip(rows, profile.buckets, strict=True)
+    ]
+    engines = [{"backend": "reference", "ledger": {"lines": lines}}, {"backend": "fused", "reason": "no GPU"}]
+    table = tool("capturing.report").bucket_table({"buckets": shown, "trace": None, "engines": engines})
     assert table.row_count == 5
-    assert table.caption == "shared by all buckets: logits 3.0 MiB, workspaces 4.0 MiB"
-    assert list(table.columns[2].cells)[-1] == "7.0"
+    assert table.caption == "shared by all buckets with reference: logits 3.0 MiB, workspaces 4.0 MiB"
+    assert [list(column.cells)[-1] for column in table.columns[:4]] == ["shared", "reference", "", "7.0"]
+
+
+class Twin(ReferenceBackend):
+    """A second backend where there is but one; slower where it counts more tokens than it is fast for."""
+
+    name = "twin"
+
+
+def test_each_backend_is_measured_in_an_engine_of_its_own(tool, monkeypatch, tmp_path: Path) -> None:
+    """With steps whose times are made up: which backend serves, what the tables say, and the profile."""
+    monkeypatch.setitem(BACKENDS, "twin", Twin)
+    backends, measuring, report = tool("capturing.backends"), tool("capturing.measure"), tool("capturing.report")
+    made_up = {("reference", 16): 2.0, ("reference", 40): 3.0, ("twin", 16): 1.5, ("twin", 40): 4.0}
+
+    def time_steps(llm: LLM, num_rows: int, context: int, *, num_steps: int, eager: bool = False) -> list[float]:
+        return [made_up[llm._executor.planner.names(num_rows)[0], context]] * num_steps
+
+    monkeypatch.setattr(LLM, "time_steps", time_steps)
+    options = {"num_pages": 40, "max_seq_len": 64}
+    with measuring.progress(Console()) as bars:
+        engines, rows, profile = backends.measure_each(
+            backends.candidates("reference, twin, fused", "cpu"),
+            lambda: tool("benchmark.shape").random_model(SHAPE, torch.float32, "cpu"),
+            BucketLadder([1, 2]),
+            options,
+            skips=True,
+            bars=bars,
+            contexts=[16, 40],
+            num_steps=2,
+            rate=1e9,
+            compares=False,
+        )
+    assert [each["backend"] for each in engines] == ["reference", "twin", "fused"]
+    assert "backend     twin on cpu" in engines[1]["explain"] and "needs a CUDA device" in engines[2]["reason"]
+    assert [row["spans"] for row in rows] == [
+        [{"context": 1, "backend": "twin"}, {"context": 17, "backend": "reference"}]
+    ] * 2
+    served = [[(step["context"], step["step_ms"]["p50"]) for step in backends.serving(row)] for row in rows]
+    assert served == [[(16, 1500), (40, 3000)]] * 2
+    rows[1]["backends"][0] |= {"pool_bytes": 2**20, "driver_bytes": 2**20}
+    assert [backends.graph_bytes(row) for row in rows] == [0, 2**21]
+    document = {"buckets": rows, "trace": None, "engines": engines}
+    assert report.bucket_table(document).row_count == 10
+    assert all({"logits", "workspaces"} < {line["name"] for line in each["ledger"]["lines"]} for each in engines[:2])
+    assert [each.backends for each in profile.costs] == [("reference",), ("twin",)]
+    table = report.backend_table(document)
+    assert "fused was not measured: backend fused cannot serve" in table.title
+    columns = [list(column.cells) for column in table.columns]
+    assert columns[1] == ["twin from 1 tokens a row, reference from 17 tokens a row"] * 2
+    assert columns[2] == ["25.0% at 16, 25.0% at 40"] * 2 and columns[3] == ["0.0", "0.0"]
+    profile.save(tmp_path / "two.profile")
+    assert CaptureProfile.load(tmp_path / "two.profile") == profile
+    assert profile.backends[2] == profile.buckets[1].spans
+
+
+def test_a_backend_that_was_asked_for_is_not_left_out(tool) -> None:
+    with pytest.raises(typer.BadParameter, match="backend fused cannot serve"):
+        tool("capture").main(shape=SHAPE, backend="reference,fused", buckets="1", contexts="8", steps=1)

@@ -12,7 +12,8 @@ from graphattn.engine.fold import fold
 
 
 def folded(forward, *inputs: Tensor, suits=lambda weight: True) -> list[tuple]:
-    """What linears of the compiled forward fold in, as (bias, norm, gated, residual); checks that results are equal."""
+    """What linears of the compiled forward fold in, as (bias, norm, gated, residual), those of a pair together; checks
+    that results are equal."""
     found: list[tuple] = []
 
     def backend(graph, _):
@@ -21,6 +22,9 @@ def folded(forward, *inputs: Tensor, suits=lambda weight: True) -> list[tuple]:
             if node.target is torch.ops.graphattn.linear.default:
                 _, _, bias, norm, _, gated, residual = node.args
                 found.append((bias is not None, norm is not None, gated, residual is not None))
+            if node.target is torch.ops.graphattn.linear_pair.default:
+                _, _, _, bias, _, _, _, next_bias, gated = node.args
+                found.append(((bias is not None, False, False, True), (next_bias is not None, True, gated, False)))
         return graph.forward
 
     torch._dynamo.reset()
@@ -58,14 +62,33 @@ def test_models_have_all_folded(family: str, has_bias: int):
     def forward(ids: Tensor) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
-    layer = [(bool(has_bias), True, False, False), (False, False, False, True)]
-    layer += [(False, True, True, False), (False, False, False, True)]
+    qkv, plus_residual, gate_up = (
+        (bool(has_bias), True, False, False),
+        (False,) * 3 + (True,),
+        (False, True, True, False),
+    )
     assert folded(forward, torch.arange(7)[None]) == [
-        *layer,
-        *layer,
-        (False, False, False, False),
-    ]  # logits are cut between norm and head
+        qkv,
+        (plus_residual, gate_up),
+        (plus_residual, qkv),
+        (plus_residual, gate_up),
+        plus_residual,
+        (False, False, False, False),  # logits are cut between norm and head
+    ]
     merged.detach()
+
+
+def test_a_sum_that_is_read_before_the_pair_stays(x: Tensor, weights: list[Tensor]):
+    square, wide, weight, _ = weights
+
+    def forward(x: Tensor, has_reader: bool) -> tuple[Tensor, ...]:
+        total = F.linear(x, square) + x
+        read = total * 2 if has_reader else x
+        return read, F.linear(norm(total, weight), wide), total
+
+    total, normed = (False, False, False, True), (False, True, False, False)
+    assert folded(lambda x: forward(x, has_reader=True), x) == [total, normed]
+    assert folded(lambda x: forward(x, has_reader=False), x) == [(total, normed)]
 
 
 def test_what_others_read_stays(x: Tensor, weights: list[Tensor]):
@@ -184,8 +207,9 @@ def test_models_of_other_epsilons_fold_their_own_norms():
 
     def noting(graph, suits):
         count = fold(graph, lambda weight: True)
-        nodes = [node for node in graph.graph.nodes if node.target is torch.ops.graphattn.linear.default]
-        found.append(sum(node.args[3] is not None for node in nodes))
+        targets = [node.target for node in graph.graph.nodes if node.target is not torch.ops.graphattn.linear.default]
+        norms = [node.args[3] for node in graph.graph.nodes if node.target is torch.ops.graphattn.linear.default]
+        found.append(targets.count(torch.ops.graphattn.linear_pair.default) + sum(norm is not None for norm in norms))
         return count
 
     with pytest.MonkeyPatch.context() as patch:

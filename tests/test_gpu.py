@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from dense import assert_close
 from tiny import FAMILIES, tiny
 
-from graphattn import LLM, BlockTable, SamplingParams
+from graphattn import LLM, BackendSpan, BlockTable, CaptureProfile, SamplingParams, StepTime
 from graphattn.batch import ragged_batch
 from graphattn.draw import sample
-from graphattn.engine.draws import Ask
 from graphattn.errors import BackendError, CaptureError
 from graphattn.mirror import UNKNOWN
 from graphattn.ops import active_plans
-from graphattn.sampling import RowSampling
+from graphattn.sampling import Ask, RowSampling
 
 pytestmark = pytest.mark.gpu
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -131,6 +132,40 @@ def test_captured_is_eager_over_long_contexts_and_kept_plans(backend: str) -> No
         assert_close(ours, *last, floor=2e-3)
 
 
+def test_two_backends_at_a_bucket_by_a_table(tmp_path: Path) -> None:
+    """Rows that grow from the tokens of one backend into the other's and back; each replay is its eager step."""
+    options = {"max_batch": 4, "buckets": [2, 4], "max_seq_len": 256, "num_pages": 80, "compile": False}
+    found = []
+    for backend in ("fused", "flashinfer"):
+        with LLM(small("llama"), **options, backend=backend) as llm:
+            seconds = sorted(llm.time_steps(4, 64, num_steps=5))
+            steps = [StepTime(context=64, p20=seconds[1], p50=seconds[2], p80=seconds[4])]
+            found.append(llm.profile({2: steps, 4: steps}))
+    merged = CaptureProfile.merge(found)
+    starts = {2: [(1, "flashinfer")], 4: [(1, "fused"), (50, "flashinfer"), (60, "fused")]}
+    buckets = tuple(
+        replace(each, spans=tuple(BackendSpan(context=at, backend=name) for at, name in starts[each.bucket]))
+        for each in merged.buckets
+    )
+    replace(merged, buckets=buckets).save(tmp_path / "two.json")
+    del options["buckets"]
+    with LLM(small("llama"), **options, capture_profile=tmp_path / "two.json") as llm:
+        runner = llm._executor.runner
+        captured = [(each.bucket, each.backend) for each in runner.captures]
+        assert captured == [(4, "fused"), (4, "flashinfer"), (2, "flashinfer")]
+        poison(llm)
+        rows = Rows(llm, [[1] * 40, [2] * 50, [3] * 30, [4] * 48])
+        rows.prefill()
+        for step in range(30):
+            feed = rows.feed([step, 2, 3, 4])
+            runner.verify(*feed)
+            assert runner.run(*feed)[0].isfinite().all()
+        assert runner.counts == {"replay": 60}
+        # The rows' tokens are 172 to 288, and 197 to 236 are 50 to 59 a row.
+        assert runner.served == {(4, "fused"): 2 * (7 + 13), (4, "flashinfer"): 2 * 10}
+        assert "2 flashinfer (0 steps), 4 fused from 1 and 60 tokens a row" in llm.explain()
+
+
 @pytest.mark.parametrize("backend", ["fused", "flashinfer"])
 def test_logits_do_not_depend_on_what_ran_before(backend: str) -> None:
     """The same rows at the same bucket give the same bits whatever was planned there in between."""
@@ -192,15 +227,34 @@ def test_default_sizing_leaves_room_for_a_whole_prefill() -> None:
 
 
 @pytest.mark.parametrize("backend", ["fused", "flashinfer"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_within_twice_plain_torch(family: str, backend: str) -> None:
+@pytest.mark.parametrize(("family", "head_dim"), [*((family, 64) for family in FAMILIES), ("qwen3", 256)])
+def test_logits_within_twice_plain_torch(family: str, head_dim: int, backend: str) -> None:
     """Prefill and captured decode, teacher-forced, against transformers in float32; transformers in bf16 beside."""
-    model = small(family)
-    plain, exact = small(family), small(family).float()
+    model, plain, exact = (small(family, head_dim=head_dim) for _ in range(3))
+    exact = exact.float()
     texts = prompts(9, seed=3, longest=120)
     with LLM(model, max_batch=12, max_seq_len=512, compile=False, backend=backend) as llm:
         poison(llm)
         _compare(llm, plain, exact, texts, floor=1e-3)
+
+
+def test_long_prompts_by_fa3() -> None:
+    """FlashInfer's prefill for Hopper, alone and in rows of any length; the same oracle."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("fa3 is for compute capability 9.0")
+    model, plain, exact = (small("llama", max_position_embeddings=4096) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 128, (length,), generator=generator).tolist() for length in (1, 5, 193, 700, 3000)]
+    with LLM(model, max_batch=8, num_pages=500, compile=False, prefill="fa3") as llm:
+        poison(llm)
+        ours = torch.cat(Rows(llm, texts).prefill())
+        assert "fa3 (2 batches)" in llm.explain()  # one of them at the start
+    with torch.no_grad():
+        by_model = [
+            torch.cat([each(torch.tensor([text], device="cuda")).logits[0] for text in texts])
+            for each in (plain, exact.float())
+        ]
+    assert_close(ours, *by_model, floor=1e-3)
 
 
 def _compare(llm: LLM, plain, exact, texts: list[list[int]], *, floor: float) -> None:
@@ -333,7 +387,9 @@ def test_nothing_on_the_step_path_waits_for_the_device() -> None:
             torch.cuda.set_sync_debug_mode(previous)
         torch.cuda.synchronize()
         for text in prompts(6, seed=2):
-            llm.add_request(text, SamplingParams(temperature=0.8, top_p=0.9, max_tokens=30, logprobs=2, seed=1))
+            everything = {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
+            everything |= {"min_tokens": 4, "stop_token_ids": (1, 2, 3), "logprobs": 2}
+            llm.add_request(text, SamplingParams(max_tokens=30, seed=1, **everything))
         llm.step()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -389,22 +445,41 @@ def test_captured_steps_move_on_by_themselves(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_draws_in_the_graph_are_those_of_sample(dtype: torch.dtype) -> None:
-    """Greedy, with a temperature and with min-p, at full and padded buckets, rows changing between steps."""
-    kinds = ({"temperature": 0}, {}, {"temperature": 0.6}, {"temperature": 1.5, "min_p": 0.1}, {"top_k": 1})
+    """With anything that can be asked, at full and padded buckets, rows changing between steps."""
+    kinds = (
+        {"temperature": 0},
+        {},
+        {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1},
+        {"temperature": 1.5, "min_p": 0.1},
+        {"top_k": 1},
+        {"top_p": 0.8},
+        {"temperature": 0, "repetition_penalty": 1.4},
+        {"top_k": 7, "min_p": 0.05},
+    )
+    stops = frozenset(range(0, 128, 3))
     with LLM(small("llama", dtype=dtype), max_batch=16, max_seq_len=256, compile=False) as llm:
         runner, row_draws = llm._executor.runner, llm._executor._draws
         for num_rows in (1, 3, 8, 11, 16):
             rows = Rows(llm, prompts(num_rows, seed=num_rows))
             rows.prefill()
             fed = [row % 128 for row in range(num_rows)]
-            for step in range(12):
+            for step in range(16):
                 feed = rows.feed(fed)
-                asked = [
-                    RowSampling(SamplingParams(**kinds[(row + step // 4) % len(kinds)]), 2**62 + 97 * row, len(tokens))
-                    for row, tokens in enumerate(rows.tokens)
+                if step % 4 == 0:
+                    params = [SamplingParams(**kinds[(row + step // 4) % len(kinds)]) for row in range(num_rows)]
+                    until = [len(tokens) + row % 3 for row, tokens in enumerate(rows.tokens)]
+                    asks = [Ask.of(one, 2**62 + 97 * row, until[row]) for row, one in enumerate(params)]
+                drawing = [
+                    SimpleNamespace(ask=ask, tokens=tokens, stop_ids=stops)
+                    for ask, tokens in zip(asks, rows.tokens, strict=True)
                 ]
-                row_draws.stage([Ask.of(row.params, row.seed) for row in asked])
-                logits, ids = runner.run(*feed)
+                asked = [
+                    RowSampling(params[row], 2**62 + 97 * row, len(tokens), tokens, stops if banned else ())
+                    for row, tokens in enumerate(rows.tokens)
+                    for banned in (len(tokens) < until[row],)
+                ]
+                with row_draws.staged(drawing):
+                    logits, ids = runner.run(*feed)
                 expected = sample(logits.clone(), asked).token_ids
                 assert torch.equal(ids, expected)
                 assert torch.equal(llm._executor.state.drawn[0, :num_rows], expected.int())
@@ -415,7 +490,7 @@ def test_draws_in_the_graph_are_those_of_sample(dtype: torch.dtype) -> None:
 
 
 def test_requests_of_every_kind_share_a_captured_step() -> None:
-    """Drawn in the graph or after it, at one bucket: with and without overlap, and beside others or not, the same."""
+    """At one bucket, with and without overlap, and beside others or not, the same."""
     kinds = (
         {"temperature": 0},
         {"temperature": 0.7},
@@ -471,7 +546,7 @@ def test_plan_guard_runs_eager_counts_and_captures_anew() -> None:
         rows = Rows(llm, prompts(3, seed=4))
         rows.prefill()
         expected = runner.run(*rows.feed([5, 6, 7]))[0].clone()
-        prepared = runner._buckets[runner.ladder.pick(3)]
+        prepared = runner._buckets[runner.ladder.pick(3), "fused"]
         graph, prepared.signature = prepared.graph, ("another plan",)
         again = ([5, 6, 7], [len(row) for row in rows.tokens], [[table.pages for table in rows.tables]])
         assert torch.equal(runner.run(*again)[0], expected)

@@ -169,7 +169,7 @@ def test_runs_at_the_bucket_and_cuts_the_padding() -> None:
     assert pairs.tolist() == [[0, 0], [1, 0], [2, 0]]
     assert doubled.tolist() == [0, 2, 4]
     runner.verify(*rows(6))
-    assert runner.bucket_steps() == {1: 0, 4: 1, 6: 1}
+    assert runner.served == {(4, "reference"): 1, (6, "reference"): 1}
     assert runner.counts == {"eager": 2}
     address = runner.run(*rows(1))[1].data_ptr()
     assert runner.run(*rows(5))[1].data_ptr() == address, "all buckets share their outputs"
@@ -291,7 +291,7 @@ def test_replays_move_rows_on_and_captures_do_not(monkeypatch) -> None:
     tables = [[[1, 2, 3, 4], [5, 6, 7, 1], [2, 3, 4, 5]]]
     for length in range(4, 16):
         if length in (7, 12):
-            prepared = runner._buckets[4]
+            prepared = runner._buckets[4, "reference"]
             graph, prepared.signature = prepared.graph, ("another plan",)
         seen.clear()
         found = runner.run([4, 14, 24], [length] * 3, tables, None if length == 4 else [0, 1, 2])
@@ -299,7 +299,7 @@ def test_replays_move_rows_on_and_captures_do_not(monkeypatch) -> None:
         step_of_rows = ([*found.tolist(), 0], [length - 1] * 3 + [0])
         assert seen == [([0] * 4, [0] * 4)] * (2 * (length in (7, 12))) + [step_of_rows]
     assert runner.counts == {"replay": 10, "guard": 2}
-    assert runner._buckets[4].graph is not graph
+    assert runner._buckets[4, "reference"].graph is not graph
     runner.verify([1, 2], [3, 4], [tables[0][:2]])
 
 

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphattn import draw
+from graphattn import draw, filters
 from graphattn.draw import derive_seed, sample
 from graphattn.errors import InvalidArgumentError
-from graphattn.sampling import RowSampling, SamplingParams, stop_ids
+from graphattn.noise import exponentials, keys_of
+from graphattn.sampling import Ask, RowSampling, SamplingParams, stop_ids
 
 INF = math.inf
 MASK, GOLDEN, MUL_1, MUL_2 = 2**64 - 1, 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -31,9 +32,23 @@ def normal(*shape: int, seed: int = 0, scale: float = 3.0, dtype: torch.dtype = 
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
+def noise_of(rows: list[RowSampling], vocab: int) -> torch.Tensor:
+    seeds, positions = [Ask.of(r.params, r.seed).seed for r in rows], [r.position for r in rows]
+    return exponentials(keys_of(torch.tensor(seeds), torch.tensor(positions)), vocab)
+
+
 def filtered(logits: torch.Tensor, rows: list[RowSampling]) -> torch.Tensor:
-    edited = draw._edited(logits, rows)
-    return draw._filtered(edited if edited.dtype == torch.float64 else edited.float(), rows)
+    edited, asks = draw._edited(logits, rows), [Ask.of(r.params, r.seed) for r in rows]
+    _, temperature, log_min_p, top_k, tail, *_ = (
+        torch.tensor(column, dtype=torch.float64)[:, None] for column in zip(*asks, strict=True)
+    )
+    x = edited if edited.dtype == torch.float64 else edited.float()
+    x = x / temperature.masked_fill(temperature == 0, 1).to(x.dtype)
+    left = filters.filtered(x, log_min_p, top_k, tail, logits.shape[1])
+    for like, count in draw.alike(asks, logits.shape[1]):  # as `sample` does, which orders no more than it needs
+        some = (each[like] for each in (x, log_min_p, top_k, tail))
+        assert torch.equal(filters.filtered(*some, count), left[like])
+    return left
 
 
 def oracle(logits_V: torch.Tensor, r: RowSampling) -> torch.Tensor:
@@ -151,9 +166,9 @@ def test_weights_add_up_to_the_same_bits_in_any_order():
     """On a GPU the order in which floats are added depends on the batch size and on where a row starts."""
     logits = normal(1, 5000)
     orders = [torch.randperm(5000, generator=torch.Generator().manual_seed(i)) for i in range(20)]
-    sums = [draw._weights(logits[:, order], logits.amax(-1, keepdim=True), 5000)[0].sum().item() for order in orders]
+    sums = [filters.weights(logits[:, order], logits.amax(-1, keepdim=True), 5000).sum().item() for order in orders]
     assert len(set(sums)) == 1
-    assert draw._weights(torch.zeros(1, 1), torch.zeros(1, 1), 2**31)[0].item() * 2**31 < 2**63
+    assert filters.weights(torch.zeros(1, 1), torch.zeros(1, 1), 2**31).item() * 2**31 < 2**63
 
 
 def test_the_logits_given_are_left_as_they_are():
@@ -278,19 +293,19 @@ def test_draws_follow_the_exact_probabilities(params, vary):
 
 def test_small_noise_keeps_its_precision():
     """Rare tokens are drawn through the smallest exponentials; uniforms of 24 bits would make these steps of 6e-8."""
-    noise = draw._exponentials([row(3, i) for i in range(8)], 2**18, torch.device("cpu"))
+    noise = noise_of([row(3, i) for i in range(8)], 2**18)
     gaps = noise.flatten().sort().values[:4096].diff() * noise.numel()
     assert (gaps > 0).all()
     assert abs(gaps.mean() - 1) < 0.08 and abs(gaps.std() - 1) < 0.1
 
 
 def test_noise_is_exponential_and_uncorrelated_along_seeds_positions_and_vocabulary():
-    cpu, rows = torch.device("cpu"), {}
+    rows = {}
     rows["position"] = [row(9, i) for i in range(256)]
     rows["seed"] = [row(i, 9) for i in range(256)]
     rows["sample"] = [row(derive_seed(9, i), 9) for i in range(256)]
     for name, along in rows.items():
-        noise = draw._exponentials(along, 1024, cpu)
+        noise = noise_of(along, 1024)
         count = noise.numel()
         assert (noise > 0).all() and noise.isfinite().all()
         assert abs(noise.mean() - 1) < 4 / count**0.5 and abs(noise.var() - 1) < 4 * 8**0.5 / count**0.5, name
@@ -323,7 +338,7 @@ def unmix(z: int) -> int:
 
 @given(st.integers(-(2**70), 2**70), st.integers(0, 2**40))
 def test_noise_is_splitmix64_of_seed_position_and_vocabulary_index(seed, position):
-    noise = draw._exponentials([row(seed, position)], 5, torch.device("cpu"))[0]
+    noise = noise_of([row(seed, position)], 5)[0]
     key = mix(mix(seed % 2**63 + GOLDEN) + (position + 1) * GOLDEN)
     expected = [-math.log1p(-max(mix(key + (v + 1) * GOLDEN) >> 11, 0.5) / 2**53) for v in range(5)]
     torch.testing.assert_close(noise, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0)
@@ -338,7 +353,7 @@ def test_a_hash_of_zero_draws_no_banned_token():
         if seed < 2**63:
             break
         position += 1
-    noise = draw._exponentials([row(seed, position)], vocab, torch.device("cpu"))[0]
+    noise = noise_of([row(seed, position)], vocab)[0]
     assert noise[zero_at] == 2.0**-54
     assert sample(normal(1, vocab), [row(seed, position)]).token_ids.item() == zero_at
     assert sample(normal(1, vocab), [row(seed, position, banned=[zero_at])]).token_ids.item() != zero_at

@@ -81,6 +81,7 @@ def main(
     ] = "",
     peer_timeout: Annotated[int, typer.Option(min=1, help="Seconds that a peer may take.")] = 900,
     backend: Annotated[str, typer.Option(help="As LLM takes it.")] = "auto",
+    kernel: Annotated[str, typer.Option("--prefill", help="As LLM takes it.")] = "auto",
     compile: Annotated[bool | None, typer.Option(help="Compile the step; on CUDA by default.")] = None,
     enforce_eager: Annotated[bool, typer.Option(help="No CUDA graphs.")] = False,
     commit: Annotated[str | None, typer.Option(help="The commit, where there is no git to ask.")] = None,
@@ -107,7 +108,8 @@ def main(
             raise typer.BadParameter(f"{option} goes with {' and '.join(served)}, not with {workload}")
     even = {f"{size}x{context}": [context] * size for size in read_counts("batches", batches)}
     uneven, chains, prefill_tokens = read_cases(skew), read_cases(cases), read_counts("budgets", budgets)
-    engine = {"backend": backend, "compile": "auto" if compile is None else compile, "enforce_eager": enforce_eager}
+    compiled = "auto" if compile is None else compile
+    engine = {"backend": backend, "prefill": kernel, "compile": compiled, "enforce_eager": enforce_eager}
 
     run = Run(workload, shape, engine, commit, json_path)
     if workload != "attention" and not run.check():  # that one checks each backend at each case

@@ -1,4 +1,4 @@
-"""Measures what each bucket takes on this machine, and chooses those that suit recorded traffic.
+"""Measures what each bucket takes on this machine with each backend, and chooses what suits recorded traffic.
 
     python tools/capture.py --shape tools/shapes/tiny.json --trace batches.json --profile tiny.profile.json
     python tools/capture.py --model path/to/model --trace batches.json --max-buckets 12 --profile model.profile.json
@@ -20,13 +20,13 @@ from benchmark.options import read_counts
 from benchmark.run import WIDTH
 from benchmark.shape import random_model
 from benchmark.timing import copy_rate
-from capturing import ladders, measure, report
+from capturing import backends, ladders, measure, report
 from capturing.plot import plot
 from rich.console import Console
 
 from graphattn import BucketLadder, GraphattnError, Traffic
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_BATCH = 64  # without a trace or buckets that say
 
 
@@ -56,7 +56,9 @@ def main(
     budget_mib: Annotated[int | None, typer.Option(min=1, help="MiB that the chosen graphs may take.")] = None,
     contexts: Annotated[str, typer.Option(help="Tokens of each row, with commas.")] = "512,2048",
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each bucket and context.")] = 20,
-    backend: Annotated[str, typer.Option(help="As LLM takes it.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="Backends to measure, with commas; auto: all that can serve the model.")
+    ] = "auto",
     compile: Annotated[bool | None, typer.Option(help="Compile the step; on CUDA by default.")] = None,
     enforce_eager: Annotated[bool, typer.Option(help="No CUDA graphs.")] = False,
     page_size: Annotated[int, typer.Option(min=1, help="As LLM takes it.")] = 16,
@@ -86,7 +88,6 @@ def main(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     options = {
         "max_seq_len": max(measure.longest(lengths, steps), max_seq_len or 1),
-        "backend": backend,
         "compile": "auto" if compile is None else compile,
         "enforce_eager": enforce_eager,
         "page_size": page_size,
@@ -102,21 +103,26 @@ def main(
         rate = copy_rate(device)
         console.print(f"a copy within the device runs at {rate / 1e9:.0f} GB/s; measuring {list(ladder)}")
         with measure.progress(console) as bars:
-            make = (lambda: model) if shape is None else (lambda: random_model(shape, dtype, device))
-            llm, start_seconds = measure.start(make, ladder, bars, options)
-            with llm:
-                book = llm.ledger()
-                console.print(str(book), soft_wrap=True)
-                rows, profile = measure.measure(llm, lengths, steps, rate=rate, compares=uses_graphs, bars=bars)
-                explained = llm.explain().splitlines()
+            engines, rows, profile = backends.measure_each(
+                backends.candidates(backend, device),
+                (lambda: model) if shape is None else (lambda: random_model(shape, dtype, device)),
+                ladder,
+                options,
+                skips=backend == "auto",
+                bars=bars,
+                contexts=lengths,
+                num_steps=steps,
+                rate=rate,
+                compares=uses_graphs,
+            )
         choice = None
         if traffic is not None:
             saved = ladders.waste_saved(ladder, traffic)
             rows = [row | {"waste_saved": saved[row["bucket"]]} for row in rows]
             found = ladders.choose(
                 traffic,
-                {row["bucket"]: row["steps"][0]["step_ms"]["p50"] / 1e3 for row in rows},
-                {row["bucket"]: row["pool_bytes"] + row["driver_bytes"] for row in rows},
+                {row["bucket"]: backends.serving(row)[0]["step_ms"]["p50"] / 1e3 for row in rows},
+                {row["bucket"]: backends.graph_bytes(row) for row in rows},
                 max_buckets=max_buckets,
                 max_bytes=None if budget_mib is None else budget_mib * 2**20,
             )
@@ -128,17 +134,17 @@ def main(
         "schema_version": SCHEMA_VERSION,
         "environment": environment(device, commit),
         "model": {"name": model if shape is None else shape.stem, **profile.model},
-        "options": options | {"max_batch": ladder.max},
+        "options": options | {"backend": backend, "max_batch": ladder.max},
         "contexts": lengths,
         "copy_rate_gb_s": rate / 1e9,
-        "start_s": start_seconds,
-        "explain": explained,
-        "ledger": book.to_json(),
+        "engines": engines,
         "buckets": rows,
         "trace": None if traffic is None else {"max_batch": traffic.max_batch, "steps": traffic.steps},
         "choice": choice,
     }
     console.print(report.bucket_table(document))
+    if len(engines) > 1:
+        console.print(report.backend_table(document))
     if choice is not None:
         console.print(report.further_table(document))
         console.print(report.ladder_table(document))

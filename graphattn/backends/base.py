@@ -12,6 +12,8 @@ from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
 
+PREFILL_KERNELS = ("auto", "fa2", "fa3")  # "auto" is what suits each batch
+
 
 class Plan(Protocol):
     """How one layer group of one step shape is computed.
@@ -50,6 +52,17 @@ class Plan(Protocol):
         ...
 
 
+class PrefillPlan(Plan, Protocol):
+    """A plan for ragged rows of any number of query tokens; never captured.
+
+    Attributes:
+        about: which kernels compute it, how often each did, and why no others do.
+    """
+
+    @property
+    def about(self) -> str: ...
+
+
 class Backend(Protocol):
     """Makes plans for one layer group.
 
@@ -72,8 +85,16 @@ class Backend(Protocol):
         """The plan of a bucket: one query token a row, reading the state's fixed-address page tables."""
         ...
 
-    def prefill_plan(self) -> Plan:
-        """A plan for ragged rows of any number of query tokens; never captured."""
+    def prefill_plan(self, kernel: str = "auto", max_tokens: int = 0) -> PrefillPlan:
+        """A plan for ragged rows.
+
+        Args:
+            kernel: one of `PREFILL_KERNELS`.
+            max_tokens: query tokens of the largest batch; what only larger ones would use is not made ready.
+
+        Raises:
+            BackendError: it cannot compute prefill so, here.
+        """
         ...
 
     @property

@@ -5,6 +5,7 @@ Suffix letters: N tokens (one a row), H query heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,12 +16,10 @@ from ..batch import Batch
 from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
-from .base import Plan
+from .base import Plan, PrefillPlan
 from .flashinfer import FlashInferBackend
 
-WHOLE, FINE = 2048, 1024  # tokens: a chunk that would be longer than WHOLE is FINE long, if that many fit
-BLOCK = 64  # tokens that a program reads at once
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128, 256)
 MAX_GROUP_SIZE = 16
 
 
@@ -39,60 +38,72 @@ class FusedBackend:
     def rejections(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> list[str]:
         reasons = [f"its prefill: {reason}" for reason in FlashInferBackend.rejections(spec, cache, device)]
         if spec.head_dim not in HEAD_DIMS:
-            reasons.append(f"head_dim {spec.head_dim}: its decode kernel is for {' and '.join(map(str, HEAD_DIMS))}")
+            reasons.append(f"head_dim {spec.head_dim}: its decode kernel is for {', '.join(map(str, HEAD_DIMS))}")
+        if find_spec("triton") is None or find_spec("triton.experimental.gluon") is None:
+            reasons.append("its decode kernel is written in Gluon, which Triton has from 3.6")
         if spec.group_size > MAX_GROUP_SIZE:
             reasons.append(f"{spec.group_size} query heads share a kv head: its decode kernel takes {MAX_GROUP_SIZE}")
         return reasons
 
     def decode_plan(self, state: StepState, bucket: int) -> Plan:
         if state not in self._workspaces:
-            self._workspaces[state] = self._allocate(state)
+            self._workspaces[state] = allocate(self._spec, state)
         return DecodePlan(self._group, self._spec, self._cache, bucket, self._workspaces[state])
 
-    def prefill_plan(self) -> Plan:
-        return self._prefill.prefill_plan()
+    def prefill_plan(self, kernel: str = "auto", max_tokens: int = 0) -> PrefillPlan:
+        return self._prefill.prefill_plan(kernel, max_tokens)
 
     @property
     def num_bytes(self) -> int:
         return self._prefill.num_bytes + sum(buffer.nbytes for each in self._workspaces.values() for buffer in each)
 
-    def _allocate(self, state: StepState) -> tuple[Tensor, Tensor, Tensor]:
-        """Parts of rows that are split, their maxima and sums, and how many parts of each row and kv head are done."""
-        spec = self._spec
-        parts = max(rows * split(rows * spec.num_kv_heads).splits for rows in range(1, state.max_batch + 1))
-        floats = {"dtype": torch.float32, "device": state.device}
-        with torch.inference_mode(False):
-            return (
-                torch.empty(parts * spec.num_heads * spec.head_dim, **floats),
-                torch.empty(parts * spec.num_heads * 2, **floats),
-                torch.zeros(state.max_batch * spec.num_kv_heads, dtype=torch.int32, device=state.device),
-            )
+
+def allocate(spec: AttentionSpec, state: StepState) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts of rows that are split, their maxima and sums, and how many parts of each row and kv head are done."""
+    parts = max(rows * split(rows, spec).splits for rows in range(1, state.max_batch + 1))
+    floats = {"dtype": torch.float32, "device": state.device}
+    with torch.inference_mode(False):
+        return (
+            torch.empty(parts * spec.num_heads * spec.head_dim, **floats),
+            torch.empty(parts * spec.num_heads * 2, **floats),
+            torch.zeros(state.max_batch * spec.num_kv_heads, dtype=torch.int32, device=state.device),
+        )
 
 
 class Split(NamedTuple):
-    """How rows are split into chunks, one program each per kv head.
+    """How rows are split into chunks, one program each per kv head, and what a program is.
 
     Attributes:
         splits: chunks of a row at most.
-        near: chunks of a row, as long as that makes none longer than `WHOLE`.
-        eager: whether a program fetches its first block before its query is there, into registers.
+        near: chunks of a row, as long as that makes none longer than `whole`.
+        whole, fine: tokens; a chunk that would be longer than `whole` is `fine` long, if `splits` are enough for that.
+        warps: of a program, each with tokens of its own.
+        stages: blocks of a program that are on their way at once.
     """
 
     splits: int
     near: int
-    eager: bool
+    whole: int
+    fine: int
+    warps: int
+    stages: int
 
 
-def split(programs: int) -> Split:
-    """The split for so many rows x kv heads.
+def split(rows: int, spec: AttentionSpec) -> Split:
+    """The split for so many rows.
 
     Few programs leave most of the device idle, so short rows are split too; many fill it, and only rows much longer
     than the others gain; docs/design-notes.md says what was tried.
     """
-    near = max(1, 256 >> (programs - 1).bit_length())
-    if programs <= 16:
-        return Split(near, near, eager=True)
-    return Split(16 if programs <= 1024 else 8, near, eager=False)
+    programs = rows * spec.num_kv_heads
+    bits = max(1, (programs * spec.head_dim // 128 - 1).bit_length())  # what they read counts, in programs of 128
+    near = max(1, 256 >> bits)
+    if near >= 32:
+        return Split(near, near // 2, whole=256, fine=128, warps=4, stages=2)
+    splits = 16 if programs <= 1024 else 8
+    is_full, is_wide = bits > 8, spec.head_dim > 128
+    stages = 2 if bits < 8 or (is_wide and not is_full) else 3
+    return Split(splits, near, whole=2048, fine=1024, warps=2 if is_full else 4, stages=stages)
 
 
 class DecodePlan:
@@ -108,7 +119,7 @@ class DecodePlan:
     ):
         self._group, self._spec, self._cache, self._workspace = group, spec, cache, workspace
         self.page_shape = cache.page_shape(spec)
-        self._split = split(bucket * spec.num_kv_heads)
+        self._split = split(bucket, spec)
 
     @property
     def signature(self) -> tuple:
@@ -163,22 +174,20 @@ class DecodePlan:
                 0.0 if rotary is None else rotary.eps,
                 GROUP=spec.group_size,
                 HEADS=1 << (spec.group_size - 1).bit_length(),
-                ROWS=16,
                 HALF=spec.head_dim // 2,
                 PAGE=self._cache.page_size,
-                BLOCK=BLOCK,
+                WARPS=self._split.warps,
+                STAGES=self._split.stages,
                 SPLITS=self._split.splits,
                 NEAR=self._split.near,
-                WHOLE=WHOLE,
-                FINE=FINE,
+                WHOLE=self._split.whole,
+                FINE=self._split.fine,
                 HAS_WINDOW=spec.window is not None,
                 HAS_SOFTCAP=spec.softcap is not None,
                 HAS_ROTARY=rotary is not None,
                 HAS_NORM=has_norm,
                 CHAINED=chained,
-                EAGER=self._split.eager,
-                num_warps=4,
-                num_stages=3,
+                num_warps=self._split.warps,
                 launch_pdl=chained,
             )
         return out_NHD

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..errors import BackendError
 from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
@@ -34,7 +35,12 @@ class ReferenceBackend:
     def decode_plan(self, state: StepState, bucket: int) -> ReferencePlan:
         return self.prefill_plan()
 
-    def prefill_plan(self) -> ReferencePlan:
+    def prefill_plan(self, kernel: str = "auto", max_tokens: int = 0) -> ReferencePlan:
+        if kernel != "auto":
+            raise BackendError(
+                f"prefill={kernel!r}: backend reference computes prefill in plain torch; leave prefill out, or choose "
+                "another backend"
+            )
         return ReferencePlan(self._group, self._spec, self._cache)
 
 
@@ -42,6 +48,7 @@ class ReferencePlan:
     """Slots to write and to read for the rows of one step; decode rows are computed together, longer ones in turn."""
 
     signature = ()
+    about = "plain torch"
 
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec):
         self._group, self._spec, self._cache = group, spec, cache

@@ -10,9 +10,9 @@ from ..meters import Meters
 if TYPE_CHECKING:
     from .executor import Executor
 
-KERNELS = "compiled kernels"
+KERNELS, WORKSPACES = "compiled kernels", "workspaces"
 # Lines that a start adds to, beside the cache.
-GROWING = ("workspaces", "step buffers", "logits", "graph pool", "graphs", KERNELS, CACHE, "other torch")
+GROWING = (WORKSPACES, "step buffers", "logits", "graph pool", "graphs", KERNELS, CACHE, "other torch")
 
 
 def engine_ledger(executor: Executor) -> Ledger:

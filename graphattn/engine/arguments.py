@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..backends.base import PREFILL_KERNELS
 from ..buckets import BucketLadder
 from ..errors import InvalidArgumentError, UnsupportedModelError
-from ..hf.load import load_model
+from ..hf.load import end_token_ids, load_model
 from ..plan import BACKENDS
 from ..profile import CaptureProfile
 from ..runner import CAPTURE_MODES, CAPTURE_OOM_MODES
+from ..spans import BackendTable
 from ..spec import LAYOUTS
 from .sizing import KV_OOM_MODES
 
@@ -27,6 +29,7 @@ def check_arguments(
     compile,
     capture,
     layout,
+    prefill,
     on_capture_oom,
     on_kv_oom,
     **counts,
@@ -43,6 +46,7 @@ def check_arguments(
         ("layout", layout, ("auto", *LAYOUTS)),
         ("on_capture_oom", on_capture_oom, CAPTURE_OOM_MODES),
         ("on_kv_oom", on_kv_oom, KV_OOM_MODES),
+        ("prefill", prefill, PREFILL_KERNELS),
     ):
         if value not in allowed:
             raise InvalidArgumentError(f"{name}={value!r}: choose {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
@@ -77,21 +81,55 @@ def ladder_for(max_batch: int, buckets: Sequence[int] | None, profile: CapturePr
     return BucketLadder(profile.ladder)
 
 
-def opened(model, tokenizer, *, dtype: torch.dtype | None, device: torch.device | str | None) -> tuple:
+def backend_for(backend: str, profile: CaptureProfile | None) -> str | BackendTable:
+    """The backend asked for, or who serves each of the profile's buckets.
+
+    Raises:
+        InvalidArgumentError: a backend was asked for, and the profile has another one.
+    """
+    if profile is None:
+        return backend
+    named = sorted({span.backend for spans in profile.backends.values() for span in spans})
+    if backend != "auto" and named != [backend]:
+        raise InvalidArgumentError(
+            f"backend={backend!r} and a capture_profile whose buckets are served by {' and '.join(named)}: leave "
+            "backend out, or measure a profile with it alone"
+        )
+    return profile.backends
+
+
+def opened(
+    model,
+    tokenizer,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    progress: Callable[[int, int], None],
+) -> tuple:
     """A model and its tokenizer: loaded ones as they are, else loaded from where `model` says.
+
+    Calls `progress(done, 1)` before and after.
 
     Raises:
         InvalidArgumentError: dtype or device for a loaded model, or a device that is not there.
     """
+    progress(0, 1)
     if isinstance(model, nn.Module):
         if dtype is not None or device is not None:
             raise InvalidArgumentError("dtype and device are for loading; this model is loaded: use model.to(...)")
-        return model, tokenizer
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgumentError(f"device={str(device)!r}: torch {torch.__version__} sees no CUDA device")
-    model, loaded = load_model(model, dtype=dtype, device=device, with_tokenizer=tokenizer is None)
-    return model, tokenizer or loaded
+    else:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InvalidArgumentError(f"device={str(device)!r}: torch {torch.__version__} sees no CUDA device")
+        model, loaded = load_model(model, dtype=dtype, device=device, with_tokenizer=tokenizer is None)
+        tokenizer = tokenizer or loaded
+    progress(1, 1)
+    return model, tokenizer
+
+
+def end_ids_of(model: nn.Module, tokenizer, vocab_size: int) -> list[int]:
+    """Ids that end a text; one that cannot be drawn ends nothing, and could not be banned below min_tokens either."""
+    return [token_id for token_id in end_token_ids(model, tokenizer) if 0 <= token_id < vocab_size]
 
 
 def vocab_size_of(model: nn.Module) -> int:

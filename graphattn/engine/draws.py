@@ -1,133 +1,152 @@
-"""What each row asks of the draw inside the step, on the device, and that draw."""
+"""What each row asks of the draw inside the step, on the device, and that draw.
+
+Letters: R rows of the largest bucket, B rows of a bucket, V vocabulary, F numbers of an `Ask`, W words of a set of ids.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import compress
-from operator import ne
-from typing import NamedTuple
+from operator import is_not
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..draw import draws_in_one_pass, exponentials, keys_of
+from ..draw import alike, draw_plainly, draws_in_kernel, packed
 from ..mirror import Mirror
-from ..sampling import SamplingParams
+from ..sampling import Ask
+from .idsets import BANNED, SEEN, IdSets, contains
 
-BLOCK_ELEMENTS = 1 << 22  # logits whose noise is held at once
+_PENALTY, _BANNED_UNTIL = Ask._fields.index("penalty"), Ask._fields.index("banned_until")
 
 
-class Ask(NamedTuple):
-    """What a request asks of every draw in the step.
+class Drawing(Protocol):
+    """Who draws in a row of the step, a request.
 
     Attributes:
-        seed: in [0, 2**63).
-        temperature: in [1e-30, 1e30], or 0 for the most likely token.
-        log_min_p: -inf where it is off.
+        ask: what it asks, the same object for as long as it draws.
+        tokens: all ids of its text, the one that the step feeds at the end; that one may be negative, not read yet.
+        stop_ids: what is banned before `ask.banned_until`.
     """
 
-    seed: int
-    temperature: float
-    log_min_p: float
-
-    @classmethod
-    def of(cls, params: SamplingParams, seed: int) -> Ask:
-        """What `params` ask; where the step cannot draw it, the most likely token, which costs the least."""
-        if params.is_greedy or not is_drawn_in_step(params):
-            return cls(seed % 2**63, 0.0, -math.inf)
-        log_min_p = math.log(params.min_p) if params.min_p else -math.inf
-        return cls(seed % 2**63, min(max(params.temperature, 1e-30), 1e30), log_min_p)
-
-
-GREEDY = Ask(seed=0, temperature=0.0, log_min_p=-math.inf)
-
-
-def is_drawn_in_step(params: SamplingParams) -> bool:
-    """Whether temperature and min-p are all that they ask: nothing that must be sorted, edited or told besides."""
-    is_sorted = not params.is_greedy and (params.top_k > 0 or params.top_p < 1)
-    return not is_sorted and params.repetition_penalty == 1.0 and params.logprobs is None
+    ask: Ask
+    tokens: Sequence[int]
+    stop_ids: frozenset[int]
 
 
 class RowDraws:
-    """Seed, temperature and min-p of the rows at fixed addresses, sent for rows that change, and the draw from them.
+    """What the rows ask at fixed addresses, sent for rows that change, and the draw from it.
+
+    The ids that a row with a penalty has seen are sent when it begins to draw in that place, or goes on there after
+    anything but one step. Each step adds the token that it fed: that one the host need not have read.
 
     Args:
         drawn_R: int32, where what a step draws goes, row by row: `StepState.drawn[0]`.
-        max_batch: rows.
+        max_batch: R.
+        vocab: V at most.
         dtype: of the logits.
-
-    Attributes:
-        is_greedy_only: whether it takes the most likely token whatever is asked: logits that our kernel does not take,
-            on CUDA.
     """
 
-    def __init__(self, drawn_R: Tensor, *, max_batch: int, dtype: torch.dtype):
-        self._drawn_R = drawn_R
-        self._in_kernel = draws_in_one_pass(dtype, drawn_R.device)
-        self.is_greedy_only = not self._in_kernel and drawn_R.device.type != "cpu"
-        self._mirror = Mirror(len(Ask._fields), max_batch, dtype=torch.int64, device=drawn_R.device)
-        seeds, *floats = (self._mirror.field(index) for index in range(len(Ask._fields)))
-        self._fields = (seeds, *(field.view(torch.float64) for field in floats))
+    def __init__(self, drawn_R: Tensor, *, max_batch: int, vocab: int, dtype: torch.dtype):
+        self._drawn_R, device = drawn_R, drawn_R.device
+        self._in_kernel, self._reads = draws_in_kernel(dtype, device), device.type == "cpu"
+        self._mirror = Mirror(len(Ask._fields), max_batch, dtype=torch.int64, device=device)
+        self._sets = IdSets(max_batch, vocab, device)
+        self._rows = torch.arange(max_batch, device=device)
         self._staged: list[Ask | None] = [None] * max_batch
+        self._penalised: set[int] = set()  # places of rows with a penalty
+        self._next_lens: dict[int, int] = {}  # and how long their text is when their set holds all of it but its end
 
     @property
     def num_bytes(self) -> int:
         """Bytes on the device."""
-        return self._mirror.num_bytes
+        return self._mirror.num_bytes + self._sets.words_2RW.nbytes + self._rows.nbytes
 
     @property
     def num_sent(self) -> int:
-        """Numbers sent to the device so far."""
-        return self._mirror.num_sent
+        """Numbers sent to the device so far, and sets."""
+        return self._mirror.num_sent + self._sets.num_sent
 
-    def stage(self, asks: Sequence[Ask]) -> None:
-        """Says what the first rows ask from the next step on; sends what changed, and waits for nothing."""
-        changed = list(compress(range(len(asks)), map(ne, asks, self._staged)))
-        if not changed:
-            return
-        seeds, *floats = zip(*(asks[row] for row in changed), strict=True)
-        wanted_FB = self._mirror.known[:, : len(asks)].copy()
-        wanted_FB[0, changed] = seeds
-        wanted_FB[1:, changed] = np.array(floats, np.float64).view(np.int64)
-        for row in changed:
-            self._staged[row] = None  # for as long as this may be interrupted
-        self._mirror.send(wanted_FB)
-        for row in changed:
-            self._staged[row] = asks[row]
+    @contextmanager
+    def staged(self, rows: Sequence[Drawing]) -> Iterator[None]:
+        """Goes around the launch of a step: says who draws in its first rows, sends what changed, waits for nothing.
 
-    def __call__(self, logits_BV: Tensor, positions_B: Tensor) -> Tensor:
-        """Draws the token behind `positions_B` in each row, `[B]` int64, and leaves it in `drawn_R`; captured."""
+        If the launch raises, nobody knows what the step added to the sets: they are sent again.
+        """
+        asks = [row.ask for row in rows]
+        changed = list(compress(range(len(asks)), map(is_not, asks, self._staged)))
+        if changed:
+            self._send(changed, rows)
+        lens = {at: len(rows[at].tokens) for at in self._penalised if at < len(rows)}
+        for at, length in lens.items():
+            if self._next_lens.pop(at, None) != length:
+                self._sets.put(SEEN, at, [token_id for token_id in rows[at].tokens if token_id >= 0])
+        yield
+        self._next_lens |= {at: length + 1 for at, length in lens.items()}
+
+    @torch.no_grad()
+    def __call__(self, logits_BV: Tensor, token_ids_B: Tensor, positions_B: Tensor) -> Tensor:
+        """Draws the token behind each row's last, `[B]` int64, and leaves it in `drawn_R`; captured.
+
+        Args:
+            logits_BV: where it is drawn from.
+            token_ids_B: int32, the last tokens.
+            positions_B: int32, where they are.
+        """
         num_rows = len(logits_BV)
-        drawn_B, rows = self._drawn_R[:num_rows], [field[:num_rows] for field in self._fields]
+        drawn_B, asks_FB = self._drawn_R[:num_rows], self._mirror.fields[:, :num_rows]
         if self._in_kernel:
-            from ..kernels.draw import draw_gumbel
+            from ..kernels.draw import Edits, draw_gumbel
 
-            return draw_gumbel(logits_BV, *rows, positions_B=positions_B, drawn_B=drawn_B)
-        token_ids_B = logits_BV.argmax(-1)
-        if not self.is_greedy_only:
-            _draw_plainly(logits_BV, positions_B, *rows, token_ids_B)
-        drawn_B.copy_(token_ids_B)
-        return token_ids_B
+            edits = Edits(token_ids_B, self._sets.words_2RW)
+            return draw_gumbel(logits_BV, asks_FB, positions_B, edits=edits, drawn_B=drawn_B)
+        return self._draw_plainly(logits_BV, asks_FB, token_ids_B, positions_B, drawn_B)
 
+    def _send(self, changed: list[int], rows: Sequence[Drawing]) -> None:
+        asks = [rows[at].ask for at in changed]
+        wanted_FB = self._mirror.known[:, : len(rows)].copy()
+        wanted_FB[:, changed] = packed(asks)
+        for at in changed:
+            self._staged[at] = None  # for as long as this may be interrupted
+            self._penalised.discard(at)
+            self._next_lens.pop(at, None)
+        self._mirror.send(wanted_FB)
+        for at, ask in zip(changed, asks, strict=True):
+            if ask.banned_until:
+                self._sets.put(BANNED, at, list(rows[at].stop_ids))
+            if ask.penalty != 1:
+                self._penalised.add(at)
+            self._staged[at] = ask
 
-@torch.no_grad()
-def _draw_plainly(
-    logits_BV: Tensor,
-    positions_B: Tensor,
-    seeds_B: Tensor,
-    temperature_B: Tensor,
-    log_min_p_B: Tensor,
-    token_ids_B: Tensor,
-) -> None:
-    """Puts what `sample` draws for rows with a temperature into `token_ids_B`; reads back which they are."""
-    vocab = logits_BV.shape[1]
-    for index_R in temperature_B.nonzero()[:, 0].split(max(1, BLOCK_ELEMENTS // vocab)):
-        x_RV = logits_BV[index_R]
-        x_RV = x_RV if x_RV.dtype == torch.float64 else x_RV.float()
-        x_RV = x_RV / temperature_B[index_R, None].to(x_RV.dtype)
-        floor_R1 = x_RV.amax(-1, keepdim=True) + log_min_p_B[index_R, None].to(x_RV.dtype)
-        x_RV = x_RV.masked_fill(x_RV < floor_R1, -math.inf)
-        keys_R = keys_of(seeds_B[index_R], positions_B[index_R].long() + 1)
-        token_ids_B[index_R] = (x_RV.double() - exponentials(keys_R, vocab).log_()).argmax(-1)
+    def _draw_plainly(
+        self, logits_BV: Tensor, asks_FB: Tensor, token_ids_B: Tensor, positions_B: Tensor, drawn_B: Tensor
+    ) -> Tensor:
+        """On a CPU reads back who asks for what; elsewhere all rows take the longest way, which can be captured."""
+        (num_rows, vocab), reads = logits_BV.shape, self._reads
+        seen_BW, banned_BW = self._sets.words_2RW[:, :num_rows]
+        penalty_B, banned_until_B = (asks_FB[at].view(torch.float64) for at in (_PENALTY, _BANNED_UNTIL))
+        is_banned_B, is_penalised_B = positions_B + 1 < banned_until_B, penalty_B != 1
+        x_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
+        if not reads or is_banned_B.any():
+            x_BV = x_BV.masked_fill(contains(banned_BW, vocab) & is_banned_B[:, None], -math.inf)
+        if not reads or is_penalised_B.any():
+            penalty_B1 = penalty_B[:, None].to(x_BV.dtype)
+            is_seen_BV = contains(seen_BW, vocab) | (torch.arange(vocab, device=x_BV.device) == token_ids_B[:, None])
+            penalised_BV = torch.where(x_BV < 0, x_BV * penalty_B1, x_BV / penalty_B1)
+            x_BV = torch.where(is_seen_BV & is_penalised_B[:, None], penalised_BV, x_BV)
+        kinds = [(self._rows[:num_rows], vocab)]
+        if reads:
+            seeds, floats = asks_FB[0].tolist(), asks_FB[1:].view(torch.float64).tolist()
+            asks = [Ask(*numbers) for numbers in zip(seeds, *floats, strict=True)]
+            kinds = [(torch.tensor(like, device="cpu"), count) for like, count in alike(asks, vocab)]
+        drawn = draw_plainly(x_BV, asks_FB, positions_B + 1, kinds)
+        # Padding feeds token 0 at position 0, which nobody has seen; a row that feeds its first token was sent it.
+        words_B = token_ids_B.long() >> 5
+        bits_B = torch.where(is_penalised_B & (positions_B > 0), 1 << (token_ids_B & 31), 0).int()
+        held_B = seen_BW.gather(1, words_B[:, None])
+        seen_BW.scatter_(1, words_B[:, None], held_B | bits_B[:, None])
+        drawn_B.copy_(drawn)
+        return drawn

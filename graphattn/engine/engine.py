@@ -124,8 +124,6 @@ class Engine:
         if not self._requests:
             return
         self._executor.check_model()
-        if any(request.params.repetition_penalty != 1.0 for request in self._scheduler.running):
-            self.land()  # the penalty reads every token before the one to be drawn
         earlier = len(self._flights)
         schedule = self._scheduler.schedule()
         if schedule.decode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..batch import Batch, ragged_batch
 from ..buckets import BucketLadder
 from ..cache import KVCache
-from ..draw import Sampled, sample, sample_again
+from ..draw import Sampled, sample, with_logprobs
 from ..errors import CaptureError, DeviceMemoryError, InvalidArgumentError
 from ..hf.binding import IMPLEMENTATION, Binding
 from ..layer import Attention
@@ -20,11 +21,14 @@ from ..ops import active_plans
 from ..pages import NULL_PAGE
 from ..plan import Planner
 from ..runner import DecodeRunner
-from ..sampling import RowSampling, SamplingParams
+from ..sampling import Ask, RowSampling, SamplingParams
 from ..shortage import first_line, is_out_of_memory
+from ..spans import BackendTable
 from ..spec import CacheSpec
 from ..state import StepState
-from .draws import GREEDY, RowDraws
+from .accounts import WORKSPACES
+from .arguments import vocab_size_of
+from .draws import RowDraws
 from .flight import Flight
 from .forecast import Forecast
 from .request import Request
@@ -41,15 +45,18 @@ class Executor:
         self,
         binding: Binding,
         *,
-        backend: str,
+        backend: str | BackendTable,
         enforce_eager: bool,
         compile: bool,
         capture: str,
         on_capture_oom: str,
         max_batch: int,
+        prefill: str,
+        max_prefill_tokens: int,
     ):
         self.binding, self.model, self.device = binding, binding.model, binding.model.device
         self.num_layers, self.backend, self.is_lazy = len(binding.layers), backend, capture == "lazy"
+        self.prefill_kernel, self.max_prefill_tokens = prefill, max_prefill_tokens
         self._options = {"enforce_eager": enforce_eager, "capture": capture, "on_capture_oom": on_capture_oom}
         self.runner: DecodeRunner | None = None
         self.enforce_eager, self.shortage = enforce_eager, None
@@ -72,7 +79,7 @@ class Executor:
         self._addresses = self._read_addresses()
 
     def lay_out(self, cache: CacheSpec, ladder: BucketLadder, max_seq_len: int) -> None:
-        """Makes pages, buffers and a runner; the compiled step is the same for any."""
+        """Makes pages, buffers, plans of prefill and a runner; the compiled step is the same for any."""
         groups = [self.binding.spec]
         self.planner = Planner(groups, cache, self.device, self.backend)
         self.cache = KVCache(self.num_layers, self.binding.spec, cache, self.device)
@@ -84,10 +91,16 @@ class Executor:
             groups=groups,
             device=self.device,
         )
-        self._draws = RowDraws(self.state.drawn[DECODED], max_batch=ladder.max, dtype=self.model.dtype)
+        self._draws = RowDraws(
+            self.state.drawn[DECODED],
+            max_batch=ladder.max,
+            vocab=vocab_size_of(self.model),
+            dtype=self.model.dtype,
+        )
         self.step.draw = self._draws
         self.runner = DecodeRunner(self.step, self.state, self.planner, ladder=ladder, **self._options)
-        self._prefill_plan = self.planner.prefill()
+        longest = min(self.max_prefill_tokens, ladder.max * max_seq_len)
+        self._prefill_plan = self.planner.prefill(self.prefill_kernel, longest)
 
     def release(self) -> None:
         """Frees graphs, pages and buffers, to the last byte for others; `lay_out` makes new ones."""
@@ -103,36 +116,30 @@ class Executor:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def capture(
-        self,
-        max_prefill_tokens: int,
-        progress: Callable[[int, int], None] | None = None,
-        *,
-        max_buckets: int | None = None,
-    ) -> None:
-        """Prepares every bucket (or the largest, if lazily; or so many), and what draws outside them.
+    def capture(self, progress: Callable[[int, int], None] | None = None, *, max_buckets: int | None = None) -> None:
+        """Prepares every bucket (or the largest, if lazily; or so many), and what runs outside them.
 
         Raises:
             CaptureMemoryError: memory does not hold a bucket.
-            DeviceMemoryError: it does not hold a prefill of that many tokens beside them.
+            DeviceMemoryError: it does not hold the longest prefill beside them.
         """
         self.runner.capture(progress, max_buckets=max_buckets)
         if self.device.type == "cuda":
-            # Kernels are compiled at their first call, which no request should wait for.
-            vocab = self.model.get_input_embeddings().num_embeddings
-            logits = torch.zeros(1, vocab, dtype=self.model.dtype, device=self.device)
-            for params in (SamplingParams(), SamplingParams(min_p=0.5), SamplingParams(top_p=0.5)):
-                sample(logits, [RowSampling(params, seed=0, position=0)])
             try:
-                self._warm_up(max_prefill_tokens)
+                self._warm_up(self.max_prefill_tokens)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 raise DeviceMemoryError(
-                    f"a prefill of {max_prefill_tokens} tokens does not fit beside {mib(self.cache.num_bytes)} MiB of "
-                    f"cache ({first_line(error)}): lower max_prefill_tokens, or give the cache less (kv_bytes, "
+                    f"a prefill of {self.max_prefill_tokens} tokens does not fit beside {mib(self.cache.num_bytes)} "
+                    f"MiB of cache ({first_line(error)}): lower max_prefill_tokens, or give the cache less (kv_bytes, "
                     "num_pages or memory_fraction)"
                 ) from error
+
+    @property
+    def about_prefill(self) -> str:
+        """Which kernels compute it, and why no others do."""
+        return "; ".join(dict.fromkeys(plan.about for plan in self._prefill_plan.groups))
 
     def prefill(self, chunks: Sequence[Chunk]) -> Flight | None:
         """Computes the next tokens of each request; draws one for each chunk that completes its request's tokens.
@@ -166,29 +173,23 @@ class Executor:
     def decode(self, requests: Sequence[Request]) -> Flight:
         """One token for each request, at the bucket that holds them."""
         self._rows = rows = seated(self._rows, requests)
-        self._draws.stage([request.ask for request in rows])
-        logits_BV, token_ids_B = self.runner.run(
-            [request.tokens[-1] for request in rows],
-            [len(request.tokens) for request in rows],
-            [[request.table.pages for request in rows]],
-            [request.drawn_at if request.num_unread else None for request in rows],
-        )
+        with self._draws.staged(rows):
+            logits_BV, token_ids_B = self.runner.run(
+                [request.tokens[-1] for request in rows],
+                [len(request.tokens) for request in rows],
+                [[request.table.pages for request in rows]],
+                [request.drawn_at if request.num_unread else None for request in rows],
+            )
         for request in rows:
             request.computed(1)
-        asks = {
-            row: request.row()
-            for row, request in enumerate(rows)
-            if request.asks_more or (self._draws.is_greedy_only and request.ask.temperature)
-        }
-        sampled = Sampled(token_ids_B)
-        if asks:
-            sampled = sample_again(logits_BV, token_ids_B, asks)
-            self.state.drawn[DECODED, : len(rows)].copy_(sampled.token_ids)
+        sampled = with_logprobs(token_ids_B, logits_BV, [request.params.logprobs for request in rows])
         return self._take_off(sampled, rows, DECODED)
 
     def draw_greedily(self, num_rows: int) -> None:
         """Has the first rows take the most likely token, until they ask for another draw."""
-        self._draws.stage([GREEDY] * num_rows)
+        row = SimpleNamespace(ask=Ask(seed=0), tokens=(), stop_ids=frozenset())
+        with self._draws.staged([row] * num_rows):
+            pass
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
@@ -241,7 +242,7 @@ class Executor:
         return {
             "weights": self.weight_bytes,
             "KV pages": self.cache.num_bytes,
-            "workspaces": self.planner.num_bytes,
+            WORKSPACES: self.planner.num_bytes,
             "step buffers": self.state.num_bytes + self._draws.num_bytes,
             "logits": self.runner.num_bytes,
         }
@@ -254,7 +255,14 @@ class Executor:
         del self.step
 
     def _warm_up(self, num_tokens: int) -> None:
-        """A prefill of that many tokens, on the null page: its kernels are loaded and its memory found."""
+        """Draws, and a prefill of that many tokens on the null page: kernels are compiled at their first call, which
+        no request should wait for, and their memory is found."""
+        vocab = self.model.get_input_embeddings().num_embeddings
+        for count in (1, self.state.max_batch):
+            logits = torch.zeros(count, vocab, dtype=self.model.dtype, device=self.device)
+            for penalty in (1.0, 2.0):
+                params = SamplingParams(repetition_penalty=penalty)
+                sample(logits, [RowSampling(params, seed=0, position=0, seen=(0,))] * count)
         length = min(num_tokens, self.state.max_seq_len)
         num_rows, page_size = min(max(1, num_tokens // length), self.state.max_batch), self.state.page_size
         pages = [NULL_PAGE] * -(-length // page_size)

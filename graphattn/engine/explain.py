@@ -11,15 +11,17 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str
     """Mode, backend, rope, ladder, pages, `how` they were sized, and how steps have run; a line each."""
     run, step, planner, pool = executor.runner, executor.step, executor.planner, scheduler.pool
     counts = run.counts
-    buckets = ", ".join(f"{bucket} ({count} steps)" for bucket, count in run.bucket_steps().items())
+    buckets = ", ".join(
+        _bucket(executor, bucket, backend) for bucket in run.ladder for backend in planner.names(bucket)
+    )
     mode = "captured in CUDA graphs" if run.uses_graphs else "eager (no CUDA graphs)"
     compiled = f"compiled, {step.num_compiles} graphs" if step.compile else "not compiled"
     shortage = run.shortage or executor.shortage
     return "\n".join(
         (
             f"decode      {mode}, {compiled}",
-            f"prefill     no CUDA graphs, {compiled}",
-            f"backend     {', '.join(backend.name for backend in planner.backends)} on {executor.device}",
+            f"prefill     no CUDA graphs, {compiled}; {executor.about_prefill}",
+            f"backend     {', '.join(planner.all_names)} on {executor.device}",
             f"layers      {executor.num_layers} x {executor.binding.spec}",
             f"rope        {_rope(executor)}",
             f"merged      {_merged(executor)}",
@@ -33,6 +35,15 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str
             f"guard; {scheduler.num_preemptions} preemptions, {pool.num_hits} tokens from the prefix cache",
         )
     )
+
+
+def _bucket(executor: Executor, bucket: int, backend: str) -> str:
+    """A bucket, who serves it, if not alone from how many tokens a row on, and its steps."""
+    planner, run = executor.planner, executor.runner
+    spans = planner.spans(bucket)
+    starts = [str(span.context) for span in spans if span.backend == backend]
+    where = "" if len(spans) == 1 else f" from {' and '.join(starts)} tokens a row"
+    return f"{bucket} {backend}{where} ({run.served[bucket, backend]} steps)"
 
 
 def _linears(step: ModelStep) -> str:

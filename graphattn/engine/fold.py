@@ -1,4 +1,4 @@
-"""Folds norms, gates and residuals of a traced step into the linear layers beside them."""
+"""Folds norms, gates and residuals of a traced step into the linear layers beside them, and makes pairs of those."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional as F
 
 _IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator)}
@@ -70,8 +70,42 @@ def fold(module: GraphModule, suits: Callable[[Tensor], bool]) -> int:
         count += 1
     # What nobody read before is there for what it does, and only what was read by what is replaced may go.
     module.graph.eliminate_dead_code(lambda node: node in unread or node.is_impure())
+    _pair(module.graph)
     module.recompile()
     return count
+
+
+def _pair(graph: Graph) -> None:
+    """Makes two folded linears one call, where the second norms what the first gives with its residual."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    changes = [index for node, index in order.items() if _changes_in_place(node)]
+    for node in order:
+        if not _is_folded(node) or not _is_folded(node.args[0]):
+            continue
+        total, next_weight, next_bias, norm, eps, gated, residual = node.args
+        x, weight, bias, norm_before, _, gated_before, residual_before = total.args
+        is_plain = norm_before is None and not gated_before and residual is None
+        if norm is None or residual_before is None or not is_plain:
+            continue
+        if any(order.get(user, -1) < order[node] for user in total.users):
+            continue
+        if any(order[total] < index < order[node] for index in changes):
+            continue
+        with graph.inserting_before(node):
+            both = graph.call_function(
+                torch.ops.graphattn.linear_pair.default,
+                (x, residual_before, weight, bias, norm, eps, next_weight, next_bias, gated),
+            )
+            parts = [graph.call_function(operator.getitem, (both, index)) for index in (0, 1)]
+        for replaced, part in zip((node, total), reversed(parts), strict=True):
+            part.meta = dict(replaced.meta)
+            replaced.replace_all_uses_with(part)
+            graph.erase_node(replaced)
+        both.meta["example_value"] = tuple(_value(part) for part in parts)
+
+
+def _is_folded(node: object) -> bool:
+    return isinstance(node, Node) and node.target is torch.ops.graphattn.linear.default
 
 
 class Neighbours(NamedTuple):

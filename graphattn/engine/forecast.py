@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..ledger import CACHE, Ledger
 from ..memory import SEGMENT, SMALL
+from ..profile import CaptureProfile, StartCosts
 from ..spec import AttentionSpec, CacheSpec
+from .accounts import KERNELS, WORKSPACES
 
 SPLIT = 1 << 20  # bytes: of what is left of a segment, torch gives more than that to others
 
@@ -55,6 +58,32 @@ class Forecast:
             cache_bytes += unused
         grown = sum(costs.growth.values()) + cache_bytes
         return cls(lines=lines, free=None if base.meters.free is None else base.meters.free - grown)
+
+
+def stored_costs(profile: CaptureProfile, settings: Mapping[str, Any]) -> StartCosts | None:
+    """What a start of the profile's ladder takes by what is stored of starts with such settings; None if that is not
+    of all its backends.
+
+    Where each backend was measured in an engine of its own, every one brings its workspaces, while the other lines are
+    those of the one that took most. Kernels are those of all engines together: in one process the later ones found
+    loaded what the earlier ones had.
+    """
+    names = {span.backend for spans in profile.backends.values() for span in spans}
+    alike = [each for each in profile.costs if each.settings == settings]
+    parts = [each for each in alike if {*each.backends} == names][:1]
+    parts = parts or [each for each in alike if len(each.backends) == 1 and names.issuperset(each.backends)]
+    if {name for each in parts for name in each.backends} != names:
+        return None
+    growth = {}
+    for line in dict.fromkeys(line for each in parts for line in each.growth):
+        sizes = [each.growth.get(line, 0) for each in (alike if line == KERNELS else parts)]
+        growth[line] = sum(sizes) if line in (KERNELS, WORKSPACES) else max(sizes)
+    return StartCosts(
+        backends=tuple(sorted(names)),
+        settings=dict(settings),
+        max_seq_len=min(each.max_seq_len for each in parts),
+        growth=growth,
+    )
 
 
 def unused_bytes(cache: CacheSpec, spec: AttentionSpec, num_layers: int) -> tuple[str, int]:

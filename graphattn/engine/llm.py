@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
 from ..hf.binding import Binding
-from ..hf.load import end_token_ids
 from ..ledger import Ledger
 from ..pages import PagePool
-from ..profile import CaptureProfile, StepTime, origin
+from ..profile import CaptureProfile, origin
 from ..sampling import SamplingParams
+from ..spans import StepTime
 from ..traffic import Traffic
 from .accounts import engine_ledger
-from .arguments import check_arguments, ladder_for, opened, vocab_size_of
+from .arguments import backend_for, check_arguments, end_ids_of, ladder_for, opened, vocab_size_of
 from .engine import Engine
 from .executor import Executor
 from .explain import explain
@@ -31,8 +31,7 @@ from .request import Delta, RequestOutput
 from .scheduler import Scheduler
 from .sizing import CacheAsk, Sizing, length_limit
 from .start import Progress, Start
-
-DECODE_OPTIONS = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+from .text import decoder_of
 
 
 class LLM:
@@ -46,8 +45,8 @@ class LLM:
         tokenizer: for a loaded model; without one, prompts are token ids and results have no text.
         dtype: of the weights when loading; None for what the file holds.
         device: where to load; None for CUDA where there is one.
-        backend: "auto" (the fused one or else FlashInfer on CUDA, the reference elsewhere), "fused", "flashinfer" or
-            "reference".
+        backend: "auto" (the profile's, or the fused one or else FlashInfer on CUDA, the reference elsewhere), "fused",
+            "flashinfer" or "reference".
         enforce_eager: no CUDA graphs. Steps still run at the buckets, with the same bits.
         compile: compile the step with Inductor; "auto" does on CUDA.
         capture: "all" buckets at start, or "lazy": the largest at start, others when first used.
@@ -64,11 +63,13 @@ class LLM:
             `max_batch` if the largest does not fit, with a warning.
         kv_dtype: of the cache; None, or the model's own dtype: no backend serves another one yet.
         layout: of a page: "NHD" (slots before heads), "HND" or "auto", which is NHD.
-        capture_profile: a file of `tools/capture.py` that the ladder is taken from, instead of `buckets`. Made for
-            another `max_batch`, model, page, device or version it is refused.
-        record_batches: a file that `close()` writes how many decode steps ran with how many rows into, as JSON
-            (`{"schema_version": 1, "max_batch": 8, "steps": {"3": 120, ...}}`): what to choose `buckets` from.
+        capture_profile: a file of `tools/capture.py` that the ladder and each bucket's backend are taken from. Made
+            for another `max_batch`, model, page, device or version it is refused.
+        record_batches: a file that `close()` writes how many decode steps ran with how many rows into: what
+            `tools/capture.py` chooses buckets for.
         max_prefill_tokens: prompt tokens computed in one step; longer prompts are prefilled in chunks.
+        prefill: FlashInfer's kernels for it: "fa2", "fa3", or "auto", which is fa3 for batches large enough on a Hopper
+            GPU. What is not prebuilt is compiled at the first start, fa3 for minutes.
         prefix_cache: share full pages between requests that begin alike.
         progress: called as `progress(stage, done, total)` while loading ("load"), in a first capture that
             only measures ("measure", where the cache is sized by what is left) and capturing ("capture").
@@ -76,7 +77,7 @@ class LLM:
     Raises:
         ModelFileError: no model at that path.
         UnsupportedModelError: its attention does something that is not served.
-        BackendError: no backend for it, e.g. CUDA without FlashInfer; lists why.
+        BackendError: no backend for it, e.g. CUDA without FlashInfer, or not the `prefill` asked for; says why.
         InvalidArgumentError: an argument is out of range.
 
     Example:
@@ -109,6 +110,7 @@ class LLM:
         capture_profile: str | Path | None = None,
         record_batches: str | Path | None = None,
         max_prefill_tokens: int = 8192,
+        prefill: str = "auto",
         prefix_cache: bool = True,
         progress: Progress | None = None,
     ):
@@ -121,6 +123,7 @@ class LLM:
             compile=compile,
             capture=capture,
             layout=layout,
+            prefill=prefill,
             memory_fraction=memory_fraction,
             max_seq_len=max_seq_len,
             max_prefill_tokens=max_prefill_tokens,
@@ -131,21 +134,21 @@ class LLM:
             on_capture_oom=on_capture_oom,
         )
         progress = progress or (lambda stage, done, total: None)
-        progress("load", 0, 1)
-        model, tokenizer = opened(model, tokenizer, dtype=dtype, device=device)
-        progress("load", 1, 1)
+        model, tokenizer = opened(model, tokenizer, dtype=dtype, device=device, progress=partial(progress, "load"))
         binding = Binding(model, packs=True)
         ask = CacheAsk(num_pages=num_pages, kv_bytes=kv_bytes, memory_fraction=memory_fraction, on_kv_oom=on_kv_oom)
         with ExitStack() as undo:
             undo.callback(binding.detach)
             self._executor = Executor(
                 binding,
-                backend=backend,
+                backend=backend_for(backend, profile),
                 enforce_eager=enforce_eager,
                 compile=model.device.type == "cuda" if compile == "auto" else compile,
                 capture=capture,
                 on_capture_oom=on_capture_oom,
                 max_batch=max_batch,
+                prefill=prefill,
+                max_prefill_tokens=max_prefill_tokens,
             )
             undo.callback(self._executor.close)
             vocab_size, limit = vocab_size_of(model), length_limit(binding, max_seq_len)
@@ -153,8 +156,7 @@ class LLM:
             sizing = Sizing.of(binding, ask, **kind, max_batch=max_batch, limit=limit)
             if profile is not None:
                 profile.check(**origin(model, page_size=page_size, layout=sizing.smallest.layout))
-            options = {"limit": limit, "max_prefill_tokens": max_prefill_tokens, "profile": profile}
-            self._start = Start(self._executor, sizing, ladder, **options, progress=progress)
+            self._start = Start(self._executor, sizing, ladder, limit=limit, profile=profile, progress=progress)
             cache = self._start.run(max_seq_len)
             undo.pop_all()
         self.pool = PagePool(cache.num_pages, page_size, prefix_cache=prefix_cache)
@@ -170,10 +172,9 @@ class LLM:
             self._executor,
             self._scheduler,
             max_seq_len=self.max_seq_len,
-            # An id that cannot be drawn ends nothing, and could not be banned below min_tokens either.
-            end_ids=[token_id for token_id in end_token_ids(model, tokenizer) if 0 <= token_id < vocab_size],
+            end_ids=end_ids_of(model, tokenizer, vocab_size),
             overlap=self._executor.device.type == "cuda",
-            decode=None if tokenizer is None else partial(tokenizer.decode, **DECODE_OPTIONS),
+            decode=decoder_of(tokenizer),
         )
         self._outbox: deque[Delta] = deque()
         self._record_batches = None if record_batches is None else Path(record_batches)
@@ -315,7 +316,7 @@ class LLM:
         """What capture took, to be saved for `capture_profile=`.
 
         Args:
-            step_times: what `time_steps` gave at each bucket, if that was measured.
+            step_times: what `time_steps` gave at each bucket, if measured; of the backend that serves that context.
             ladder: the buckets that a start from it captures, among those captured here; None for all.
 
         Raises:

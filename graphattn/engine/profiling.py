@@ -9,7 +9,8 @@ import torch
 
 from ..errors import InvalidArgumentError, OutOfPagesError
 from ..pages import BlockTable, PagePool
-from ..profile import BucketProfile, CaptureProfile, StartCosts, StepTime, origin
+from ..profile import BackendProfile, BucketProfile, CaptureProfile, StartCosts, origin
+from ..spans import StepTime, backend_at
 from .executor import Executor
 
 WARM_STEPS = 3
@@ -43,7 +44,8 @@ def time_steps(
     vocab = executor.model.get_input_embeddings().num_embeddings
     fed = torch.randint(0, vocab, (num_rows,), generator=generator).tolist()
     drawn: list[int] | None = None  # where a row's last draw lies, from the second step on
-    tables, counted = [BlockTable(pool) for _ in range(num_rows)], (runner.rows.copy(), runner.counts.copy())
+    tables = [BlockTable(pool) for _ in range(num_rows)]
+    counted = (runner.rows.copy(), runner.served.copy(), runner.counts.copy())
     marks = []
     try:
         for table in tables:
@@ -61,7 +63,7 @@ def time_steps(
     finally:
         for table in tables:
             table.release()
-        runner.rows, runner.counts = counted
+        runner.rows, runner.served, runner.counts = counted
 
 
 def _mark(device: torch.device) -> float | torch.cuda.Event:
@@ -89,26 +91,30 @@ def profile_of(
     ladder: Sequence[int] | None,
 ) -> CaptureProfile:
     """What capture took at each bucket, with step times that were measured since."""
-    cache, captures = executor.planner.cache, executor.runner.captures
-    unknown = sorted({*step_times} - {capture.bucket for capture in captures})
+    planner, captures = executor.planner, executor.runner.captures
+    captured = sorted({capture.bucket for capture in captures})
+    unknown = sorted({*step_times} - {*captured})
     if unknown:
-        raise InvalidArgumentError(
-            f"step times of {unknown}, captured are {sorted(capture.bucket for capture in captures)}: give those only"
+        raise InvalidArgumentError(f"step times of {unknown}, captured are {captured}: give those only")
+    buckets = []
+    for bucket in captured:
+        spans, times = planner.spans(bucket), step_times.get(bucket, ())
+        backends = tuple(
+            BackendProfile(
+                backend=capture.backend,
+                capture_seconds=capture.seconds,
+                pool_bytes=capture.pool_bytes,
+                driver_bytes=capture.driver_bytes,
+                nvml_bytes=capture.nvml_bytes,
+                steps=tuple(step for step in times if backend_at(spans, step.context) == capture.backend),
+            )
+            for capture in captures
+            if capture.bucket == bucket
         )
-    buckets = [
-        BucketProfile(
-            bucket=capture.bucket,
-            capture_seconds=capture.seconds,
-            pool_bytes=capture.pool_bytes,
-            driver_bytes=capture.driver_bytes,
-            nvml_bytes=capture.nvml_bytes,
-            steps=tuple(step_times.get(capture.bucket, ())),
-        )
-        for capture in sorted(captures, key=lambda capture: capture.bucket)
-    ]
+        buckets.append(BucketProfile(bucket=bucket, backends=backends, spans=spans))
     return CaptureProfile(
-        **origin(executor.model, page_size=cache.page_size, layout=cache.layout),
-        ladder=tuple(each.bucket for each in buckets) if ladder is None else tuple(ladder),
+        **origin(executor.model, page_size=planner.cache.page_size, layout=planner.cache.layout),
+        ladder=tuple(captured) if ladder is None else tuple(ladder),
         buckets=tuple(buckets),
-        costs=costs,
+        costs=(costs,),
     )

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..pages import BlockTable
-from ..sampling import RowSampling, SamplingParams
-from .draws import Ask, is_drawn_in_step
+from ..sampling import Ask, RowSampling, SamplingParams
 from .text import TextStream
 
 UNREAD = -1  # stands for a token that was drawn and not read yet
@@ -93,7 +92,7 @@ class Request:
         text: turns tokens into text; None without a tokenizer.
         streams: whether its text is wanted as it comes, and not only at the end.
         outbox: where its deltas go.
-        ask: what it asks of the draw in the step.
+        ask: what it asks of every draw.
     """
 
     id: int
@@ -120,10 +119,9 @@ class Request:
     ask: Ask = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tokens = array("q", self.prompt)  # sampling reads it each step, and a list costs its length
-        self.ask = Ask.of(self.params, self.seed)
-        self._always_asks_more = not is_drawn_in_step(self.params)
-        self._may_ask_more = self._always_asks_more or (self.params.min_tokens > 0 and bool(self.stop_ids))
+        self.tokens = array("q", self.prompt)
+        banned_until = len(self.prompt) + self.params.min_tokens if self.params.min_tokens and self.stop_ids else 0
+        self.ask = Ask.of(self.params, self.seed, banned_until)
 
     @property
     def num_generated(self) -> int:
@@ -143,11 +141,6 @@ class Request:
     @property
     def below_minimum(self) -> bool:
         return self.num_generated < self.params.min_tokens
-
-    @property
-    def asks_more(self) -> bool:
-        """Whether its next draw is another than the step makes for its `ask`."""
-        return self._may_ask_more and (self._always_asks_more or self.below_minimum)
 
     def row(self) -> RowSampling:
         """What it asks of the next draw."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -16,7 +17,7 @@ from ..shortage import first_line, is_out_of_memory
 from ..spec import CacheSpec
 from .accounts import base_ledger, growth
 from .executor import Executor
-from .forecast import Costs, Forecast, unused_bytes
+from .forecast import Costs, Forecast, stored_costs, unused_bytes
 from .sizing import Sizing, check_room
 
 Progress = Callable[[str, int, int], None]
@@ -30,7 +31,6 @@ class Start:
         sizing: the arithmetic of its cache.
         ladder: the buckets to capture.
         limit: tokens that a request may reach, pages aside; None for no limit.
-        max_prefill_tokens: of the prefill that is run once.
         profile: what a start took before, if that is stored.
         progress: called as `progress(stage, done, total)` with stages "measure" and "capture".
 
@@ -45,12 +45,11 @@ class Start:
         ladder: BucketLadder,
         *,
         limit: int | None,
-        max_prefill_tokens: int,
         profile: CaptureProfile | None,
         progress: Progress,
     ):
         self._executor, self._sizing, self._ladder, self._limit = executor, sizing, ladder, limit
-        self._max_prefill_tokens, self._profile, self._progress = max_prefill_tokens, profile, progress
+        self._profile, self._progress = profile, progress
         self.how = ""
 
     def run(self, max_seq_len: int | None) -> CacheSpec:
@@ -78,7 +77,7 @@ class Start:
         cache = replace(sizing.smallest, num_pages=sizing.num_pages(base, costs))
         self.how = self._explain(base, costs)
         cache, base, costs = self._allocate(cache, base, costs, max_seq_len)
-        executor.capture(self._max_prefill_tokens, lambda done, total: self._progress("capture", done, total))
+        executor.capture(partial(self._progress, "capture"))
         executor.growth = growth(executor, base)
         executor.forecast = Forecast.of(base, cache, sizing.spec, sizing.num_layers, costs)
         return cache
@@ -88,15 +87,20 @@ class Start:
         executor, sizing = self._executor, self._sizing
         line, unused = unused_bytes(executor.cache.cache, sizing.spec, sizing.num_layers)
         grown = {name: size - (unused if name == line else 0) for name, size in executor.growth.items()}
-        return StartCosts(settings=self._settings(), max_seq_len=executor.state.max_seq_len, growth=grown)
+        return StartCosts(
+            backends=executor.planner.all_names,
+            settings=self._settings(),
+            max_seq_len=executor.state.max_seq_len,
+            growth=grown,
+        )
 
     def _settings(self) -> dict[str, str | int | bool]:
         executor = self._executor
         return {
-            "backend": executor.backend,
             "compile": executor.step.compile,
             "enforce_eager": executor.enforce_eager,
-            "max_prefill_tokens": self._max_prefill_tokens,
+            "max_prefill_tokens": executor.max_prefill_tokens,
+            "prefill": executor.prefill_kernel,
         }
 
     def _room(self, cache: CacheSpec) -> int:
@@ -110,13 +114,16 @@ class Start:
 
     def _known_costs(self, base: Ledger) -> Costs | None:
         """What the profile has on a start like this one; None if it has nothing, or of another."""
-        stored = None if self._profile is None else self._profile.costs
-        if stored is None or stored.settings != self._settings() or not self._sizing.ask.is_share:
+        if self._profile is None or not self._sizing.ask.is_share:
             return None
-        measured = {each.bucket: each for each in self._profile.buckets}
-        captured = [measured[size] for size in self._ladder]
-        now = captured[-1:] if self._executor.is_lazy else captured
-        later = [each for each in captured if each not in now]
+        stored = stored_costs(self._profile, self._settings())
+        if stored is None:
+            return None
+        now, later = [], []
+        for each in self._profile.buckets:
+            if each.bucket in self._ladder:
+                is_later = self._executor.is_lazy and each.bucket < self._ladder.max
+                (later if is_later else now).extend(each.captured)
         taken = {"graph pool": sum(b.pool_bytes for b in now), "graphs": sum(b.driver_bytes for b in now)}
         costs = Costs(
             growth=stored.growth | {name: size for name, size in taken.items() if name in stored.growth},
@@ -130,23 +137,21 @@ class Start:
         executor = self._executor
         try:
             self._lay_out_smallest(base)
-            executor.capture(
-                self._max_prefill_tokens,
-                lambda done, total: self._progress("measure", done, total),
-                max_buckets=2 if executor.is_lazy else None,
-            )
+            executor.capture(partial(self._progress, "measure"), max_buckets=2 if executor.is_lazy else None)
             grown, captures, runner = growth(executor, base), executor.runner.captures, executor.runner
             self._ladder, executor.shortage = runner.ladder, runner.shortage
+            if runner.planner.table is not None:
+                executor.backend = runner.planner.table  # without what did not fit
+            num_graphs = [len(runner.planner.names(bucket)) for bucket in runner.ladder]
         finally:
             executor.release()
-        later = 0
-        if executor.is_lazy and len(captures) > 1:
+        later, second = 0, [capture for capture in captures if capture.bucket != captures[0].bucket]
+        if executor.is_lazy and second:
             # All but the largest are captured later, and are taken to be like the second.
-            second = captures[1]
-            later = (len(self._ladder) - 1) * (second.pool_bytes + second.driver_bytes)
+            later = sum(num_graphs[:-1]) * max(capture.pool_bytes + capture.driver_bytes for capture in second)
             if "graph pool" in grown:
-                grown["graph pool"] -= second.pool_bytes
-                grown["graphs"] -= second.driver_bytes
+                grown["graph pool"] -= sum(capture.pool_bytes for capture in second)
+                grown["graphs"] -= sum(capture.driver_bytes for capture in second)
         return Costs(growth=grown, later=later, source="measured by a first capture")
 
     def _lay_out_smallest(self, base: Ledger) -> None:

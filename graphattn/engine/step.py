@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from .fold import fold
 
 _numbers = itertools.count()
-Draw = Callable[[Tensor, Tensor], Tensor]
+Draw = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def most_likely(logits_BV: Tensor, positions_B: Tensor) -> Tensor:
+def most_likely(logits_BV: Tensor, token_ids_B: Tensor, positions_B: Tensor) -> Tensor:
     """The first largest of each row."""
     return logits_BV.argmax(-1)
 
@@ -32,7 +32,8 @@ class ModelStep:
         max_batch: rows of the largest decode step.
 
     Attributes:
-        draw: called with the logits `[B, vocabulary]` and the positions `[B]`, returns ids `[B]`; never compiled.
+        draw: called with the logits `[B, vocabulary]`, the tokens and the positions `[B]`, returns ids `[B]`; never
+            compiled.
     """
 
     def __init__(self, model: nn.Module, *, compile: bool, max_batch: int):
@@ -56,7 +57,7 @@ class ModelStep:
         """Returns logits `[B, vocabulary]` and the ids drawn `[B]`."""
         all_B = self._all_B[: len(token_ids_B)] if self.compile else None
         logits_BV = self.logits(token_ids_B, positions_B, all_B)
-        return logits_BV, self.draw(logits_BV, positions_B)
+        return logits_BV, self.draw(logits_BV, token_ids_B, positions_B)
 
     def logits(self, token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor | None) -> Tensor:
         """Logits after tokens `last_R` (int64) of the row, `[R, vocabulary]`; after all for None, if not compiled."""

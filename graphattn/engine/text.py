@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
+DECODE_OPTIONS = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no whole character yet
+
+
+def decoder_of(tokenizer) -> Callable[[Sequence[int]], str] | None:
+    """Ids to text as a tokenizer of transformers does it; None without one."""
+    return None if tokenizer is None else partial(tokenizer.decode, **DECODE_OPTIONS)
 
 
 class TextStream:

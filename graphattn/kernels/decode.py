@@ -1,79 +1,124 @@
 """Decode attention of our own: norm, rotate, append and attend in one launch, from device lengths alone.
 
 A row's context is split into chunks, one program each per kv head; the last program of a row and head to finish merges
-them. Nothing is planned: how a row is split depends on its length and the launch's constants only. Page tables and, if
-EAGER, keys and values are read before the kernel that computes the query has ended (`chain.py`).
+them. Nothing is planned: how a row is split depends on its length and the launch's constants only. Page tables, keys
+and values are read before the kernel that computes the query has ended (`chain.py`): they are on their way to shared
+memory while that still runs. Each warp attends to tokens of its own, so none waits for another before the end. That
+is why it is written in Gluon, Triton's language with layouts, which says when a copy starts and who holds what.
 
-Suffix letters: G query heads of a kv head (padded to a tensor core's 16), N tokens of a block, L and H low and high
-half of the head dim.
+Suffix letters: S warps, G query heads of a kv head (padded to a tensor core's 16), N tokens of a warp's block, D head
+dim, L half of it, H query heads of a kv head (padded to a power of two).
 """
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra import cuda
 
-from .chain import follow
-from .rotate import cos_sin, rotated
+from . import rotate
+from .axes import along
+
+cos_sin, rotated = gluon.jit(rotate.cos_sin.fn), gluon.jit(rotate.rotated.fn)
+TOKENS = gl.constexpr(16)  # N
+_NONE = gl.constexpr(-1e30)  # a maximum over nothing; infinity less itself would be nan
 
 
-@triton.jit
+@gluon.constexpr_function
+def _bits(size, at, ndim=3):
+    """Basis vectors of a dimension, one for each bit of a size."""
+    return [[2**bit if dim == at else 0 for dim in range(ndim)] for bit in range(size.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def _page_layout(warps, across):
+    """[S, N, 1], the page of each token once in every thread that copies from it; `across` threads share a token."""
+    shared, tokens = [[0, 0, 0]] * (across.bit_length() - 1), _bits(16, 1)
+    lanes = 5 - len(shared)
+    return gl.DistributedLinearLayout(tokens[lanes:], shared + tokens[:lanes], _bits(warps, 0), [], [warps, 16, 1])
+
+
+@gluon.constexpr_function
+def _side_layout(warps, dim):
+    """[S, H, D] with all of S in each thread, so that adding up parts crosses none."""
+    wide = min(warps, max(1, dim // 64))
+    return gl.BlockedLayout([1, 1, 2], [1, 1, 32], [1, warps // wide, wide], [2, 1, 0])
+
+
+@gluon.jit
 def _cap(scores, softcap):
-    return softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)
+    return softcap * (2.0 / (1.0 + gl.exp(-2.0 * scores / softcap)) - 1.0)
 
 
-@triton.jit
-def _tokens(k_cache, v_cache, table, at, end, head_at, stride_page, stride_slot, d, PAGE: tl.constexpr):
-    """Keys and values of tokens `at`, low and high halves; zeros from `end` on."""
-    HALF: tl.constexpr = d.shape[0]
-    inside = at < end
-    page_N = tl.load(table + at // PAGE, mask=inside, other=0).to(tl.int64)
-    slot_N = page_N * stride_page + (at % PAGE) * stride_slot + head_at
-    where, read = slot_N[:, None] + d[None, :], inside[:, None]
-    k_NL = tl.load(k_cache + where, mask=read, other=0.0)
-    k_NH = tl.load(k_cache + where + HALF, mask=read, other=0.0)
-    v_NL = tl.load(v_cache + where, mask=read, other=0.0)
-    v_NH = tl.load(v_cache + where + HALF, mask=read, other=0.0)
-    return k_NL, k_NH, v_NL, v_NH
+@gluon.jit
+def _fetch(keys, values, k_cache, v_cache, page_SN1, at_SN1, end, strides, d_11D, PAGE: gl.constexpr):
+    """Starts copying a block's keys, then its values; zeros from `end` on."""
+    stride_page, stride_slot, head_at = strides
+    page_SN1 = gl.convert_layout(page_SN1, at_SN1.type.layout).to(gl.int64)
+    slot_SN1 = page_SN1 * stride_page + (at_SN1 % PAGE) * stride_slot + head_at
+    inside = (at_SN1 < end) & (d_11D >= 0)
+    async_copy.async_copy_global_to_shared(keys, k_cache + slot_SN1 + d_11D, mask=inside)
+    async_copy.commit_group()
+    async_copy.async_copy_global_to_shared(values, v_cache + slot_SN1 + d_11D, mask=inside)
+    async_copy.commit_group()
 
 
-@triton.jit
+@gluon.jit
+def _ready(low, high, weight, length, inv_freq_L, scaling, eps, d_1L, HAS_NORM: gl.constexpr, FAST: gl.constexpr):
+    """Heads [G or 1, L], low and high halves, normed and rotated to the position of the row's last token."""
+    HALF: gl.constexpr = d_1L.shape[1]
+    cos, sin = cos_sin((length - 1).to(gl.float32) * inv_freq_L, FAST)
+    wide_low, wide_high = low.to(gl.float32), high.to(gl.float32)
+    if HAS_NORM:
+        square = gl.sum(wide_low * wide_low, 1) + gl.sum(wide_high * wide_high, 1)
+        unit = gl.expand_dims(gl.rsqrt(square / (2 * HALF) + eps), 1)
+        wide_low = wide_low * unit * gl.load(weight + d_1L).to(gl.float32)
+        wide_high = wide_high * unit * gl.load(weight + HALF + d_1L).to(gl.float32)
+    wide_low, wide_high = rotated(wide_low, wide_high, cos * scaling, sin * scaling)
+    return wide_low.to(low.dtype), wide_high.to(high.dtype)
+
+
+@gluon.jit
 def _merge(
     partial,
     stats,
     out,
     counter,
     used,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    SPLITS: tl.constexpr,
+    h,
+    d,
+    GROUP: gl.constexpr,
+    SPLITS: gl.constexpr,
 ):
-    """Adds a row's chunks up, as many side by side as registers hold: each waits for memory only once."""
-    SIDE: tl.constexpr = SPLITS if SPLITS * HEADS * HALF <= 8192 else 8192 // (HEADS * HALF)
-    h, d, s = tl.arange(0, HEADS), tl.arange(0, HALF), tl.arange(0, SPLITS)
-    place_SH = (counter * SPLITS + s[:, None]) * GROUP + h[None, :]
-    is_part = (s[:, None] < used) & (h[None, :] < GROUP)
-    best_SH = tl.load(stats + place_SH * 2, mask=is_part, other=float("-inf"))
-    best_H = tl.where(h < GROUP, tl.max(best_SH, 0), 0.0)
-    total_SH = tl.load(stats + place_SH * 2 + 1, mask=is_part, other=0.0)
-    total_H = tl.sum(total_SH * tl.exp(best_SH - best_H[None, :]), 0)
-    acc_L, acc_H = tl.zeros([HEADS, HALF], tl.float32), tl.zeros([HEADS, HALF], tl.float32)
+    """Adds a row's chunks up, as many side by side as registers hold: those wait for memory only once."""
+    DIM: gl.constexpr = d.shape[1]
+    SIDE: gl.constexpr = min(SPLITS, 32, max(1, 4096 * gl.num_warps() // (h.shape[0] * DIM)))
+    best = gl.full_like(h, 0).to(gl.float32) + _NONE
+    total = gl.full_like(best, 0.0)
+    acc = gl.full_like(best + d, 0.0)
     for start in range(0, used, SIDE):
-        part = start + tl.arange(0, SIDE)
-        place = (counter * SPLITS + part[:, None]) * GROUP + h[None, :]
-        mine = (part[:, None] < used) & (h[None, :] < GROUP)
-        fade = tl.exp(tl.load(stats + place * 2, mask=mine, other=float("-inf")) - best_H[None, :])
-        at, read = partial + (place * 2 * HALF)[:, :, None] + d[None, None, :], mine[:, :, None]
-        acc_L += tl.sum(tl.load(at, mask=read, other=0.0) * fade[:, :, None], 0)
-        acc_H += tl.sum(tl.load(at + HALF, mask=read, other=0.0) * fade[:, :, None], 0)
-    total_H = tl.where(h < GROUP, total_H, 1.0)
-    out_at = out + (counter * GROUP + h[:, None]) * 2 * HALF + d[None, :]
-    tl.store(out_at, (acc_L / total_H[:, None]).to(out.dtype.element_ty), mask=h[:, None] < GROUP)
-    tl.store(out_at + HALF, (acc_H / total_H[:, None]).to(out.dtype.element_ty), mask=h[:, None] < GROUP)
+        bests, totals, parts = (), (), ()
+        for part in gl.static_range(SIDE):
+            is_part = (h < GROUP) & (start + part < used)
+            place = (counter * SPLITS + start + part) * GROUP + h
+            bests = bests + (gl.load(stats + place * 2, mask=is_part, other=_NONE),)
+            totals = totals + (gl.load(stats + place * 2 + 1, mask=is_part, other=0.0),)
+            parts = parts + (gl.load(partial + place * DIM + d, mask=is_part & (d < DIM), other=0.0),)
+        higher = best
+        for part in gl.static_range(SIDE):
+            higher = gl.maximum(higher, bests[part])
+        total, acc, best = total * gl.exp(best - higher), acc * gl.exp(best - higher), higher
+        for part in gl.static_range(SIDE):
+            fade = gl.exp(bests[part] - best)
+            total += totals[part] * fade
+            acc += parts[part] * fade
+    total = gl.where(h < GROUP, total, 1.0)
+    out_at = out + (counter * GROUP + h) * DIM + d
+    gl.store(out_at, (acc / total).to(out.dtype.element_ty), mask=(h < GROUP) & (d < DIM))
 
 
-@triton.jit
+@gluon.jit
 def decode_kernel(
     q,
     k,
@@ -101,121 +146,192 @@ def decode_kernel(
     window,
     rotary_scaling,
     eps,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HALF: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    NEAR: tl.constexpr,
-    WHOLE: tl.constexpr,
-    FINE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ROTARY: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    CHAINED: tl.constexpr,
-    EAGER: tl.constexpr,
+    GROUP: gl.constexpr,
+    HEADS: gl.constexpr,
+    HALF: gl.constexpr,
+    PAGE: gl.constexpr,
+    WARPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    SPLITS: gl.constexpr,
+    NEAR: gl.constexpr,
+    WHOLE: gl.constexpr,
+    FINE: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_ROTARY: gl.constexpr,
+    HAS_NORM: gl.constexpr,
+    CHAINED: gl.constexpr,
 ):
-    head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_heads = tl.num_programs(0)
-    DIM: tl.constexpr = 2 * HALF
-    pages_at = tl.load(indptr + row)
-    length = (tl.load(indptr + row + 1) - pages_at - 1) * PAGE + tl.load(last_page_len + row)
+    DIM: gl.constexpr = 2 * HALF
+    BLOCK: gl.constexpr = WARPS * TOKENS
+    dtype: gl.constexpr = k_cache.dtype.element_ty
+    products: gl.constexpr = gl.NVMMADistributedLayout([2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    rows: gl.constexpr = gl.SliceLayout(2, products)
+    lhs: gl.constexpr = gl.DotOperandLayout(0, products, k_width=2)
+    rhs: gl.constexpr = gl.DotOperandLayout(1, products, k_width=2)
+    across: gl.constexpr = min(DIM // 8, 32)
+    copied: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32 // across, across], [WARPS, 1, 1], [2, 1, 0])
+    paged: gl.constexpr = _page_layout(WARPS, across)
+    heads: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HALF // 8), HALF // 8], [WARPS, 1], [1, 0])
+    side: gl.constexpr = _side_layout(WARPS, DIM)
+    flat: gl.constexpr = gl.SliceLayout(0, side)
+
+    head, row, split = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    counter = row * gl.num_programs(0) + head
+    pages_at = gl.load(indptr + row)
+    length = (gl.load(indptr + row + 1) - pages_at - 1) * PAGE + gl.load(last_page_len + row)
+    table = indices + pages_at
     first = 0
     if HAS_WINDOW:
-        first = tl.maximum(length - window, 0)
-    chunk = tl.cdiv(length - first, NEAR)
-    chunk = tl.maximum(tl.where(chunk > WHOLE, FINE, chunk), tl.cdiv(length - first, SPLITS))
-    chunk = tl.cdiv(chunk, BLOCK) * BLOCK
-    used = tl.cdiv(length - first, chunk)
+        first = gl.maximum(length - window, 0)
+    chunk = gl.cdiv(length - first, NEAR)
+    chunk = gl.maximum(gl.where(chunk > WHOLE, FINE, chunk), gl.cdiv(length - first, SPLITS))
+    chunk = gl.cdiv(chunk, TOKENS) * TOKENS
+    used = gl.cdiv(length - first, chunk)
     if split < used:
         begin = first + split * chunk
-        end = tl.minimum(begin + chunk, length - 1)  # the new token is not read from the cache
-        g, d, n = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, BLOCK)
-        caches, strides = (k_cache, v_cache, indices + pages_at), (stride_page, stride_slot)
-        head_at = head * stride_head
+        end = gl.minimum(begin + chunk, length - 1)  # the new token is not read from the cache
+        keys = gl.allocate_shared_memory(
+            dtype, [STAGES, WARPS, TOKENS, DIM], gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
+        )
+        values = gl.allocate_shared_memory(dtype, [STAGES, WARPS, TOKENS, DIM], keys.layout)
+        strides = (stride_page, stride_slot, head * stride_head)
+        own_SN1 = along(0, WARPS, 0, copied) * TOKENS + along(0, TOKENS, 1, copied)
+        own_page_SN1 = along(0, WARPS, 0, paged) * TOKENS + along(0, TOKENS, 1, paged)
+        d_11D = along(0, DIM, 2, copied)
+        at = begin + own_page_SN1
+        page_SN1 = gl.load(table + at // PAGE, mask=at < end, other=0)
+        for stage in gl.static_range(STAGES):
+            start = begin + stage * BLOCK
+            next_at = start + BLOCK + own_page_SN1
+            next_page_SN1 = gl.load(table + next_at // PAGE, mask=next_at < end, other=0)
+            _fetch(
+                keys.index(stage),
+                values.index(stage),
+                k_cache,
+                v_cache,
+                page_SN1,
+                start + own_SN1,
+                end,
+                strides,
+                d_11D,
+                PAGE,
+            )
+            page_SN1 = next_page_SN1
+        d_1L = gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, heads)), 0)
+        g_G1 = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, heads)), 1)
         if HAS_ROTARY:
-            cos, sin = cos_sin((length - 1).to(tl.float32) * tl.load(inv_freq + d), CHAINED)
-            cos, sin = cos * rotary_scaling, sin * rotary_scaling
-        if EAGER:
-            next_KL, next_KH, next_VL, next_VH = _tokens(*caches, begin + n, end, head_at, *strides, d, PAGE)
+            inv_freq_1L = gl.load(inv_freq + d_1L)
         if CHAINED:
-            follow()
-        is_head = g[:, None] < GROUP
-        q_at = q + row * stride_q + (head * GROUP + g[:, None]) * DIM + d[None, :]
-        q_GL, q_GH = tl.load(q_at, mask=is_head, other=0.0), tl.load(q_at + HALF, mask=is_head, other=0.0)
+            cuda.gdc_wait()
+            cuda.gdc_launch_dependents()
+
+        q_at = q + row * stride_q + (head * GROUP + g_G1) * DIM + d_1L
+        is_head = (g_G1 < GROUP) & (d_1L < HALF)
+        q_GL, q_GH = gl.load(q_at, mask=is_head, other=0.0), gl.load(q_at + HALF, mask=is_head, other=0.0)
         if HAS_ROTARY:
-            wide_L, wide_H = q_GL.to(tl.float32), q_GH.to(tl.float32)
-            if HAS_NORM:
-                square = tl.sum(wide_L * wide_L, 1) + tl.sum(wide_H * wide_H, 1)
-                unit = tl.rsqrt(square / DIM + eps)
-                wide_L = wide_L * unit[:, None] * tl.load(q_weight + d).to(tl.float32)[None, :]
-                wide_H = wide_H * unit[:, None] * tl.load(q_weight + HALF + d).to(tl.float32)[None, :]
-            wide_L, wide_H = rotated(wide_L, wide_H, cos[None, :], sin[None, :])
-            q_GL, q_GH = wide_L.to(q.dtype.element_ty), wide_H.to(q.dtype.element_ty)
-        best = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc_L, acc_H = tl.zeros([ROWS, HALF], tl.float32), tl.zeros([ROWS, HALF], tl.float32)
+            q_GL, q_GH = _ready(q_GL, q_GH, q_weight, length, inv_freq_1L, rotary_scaling, eps, d_1L, HAS_NORM, CHAINED)
+        q_GD = gl.reshape(gl.permute(gl.join(q_GL, q_GH), [0, 2, 1]), [16, DIM])
+        q_1GD = gl.expand_dims(gl.convert_layout(q_GD, gl.SliceLayout(0, lhs)), 0)
+        q_SGD, _zeros = gl.broadcast(q_1GD, gl.zeros([WARPS, 16, DIM], q.dtype.element_ty, lhs))
+        best_SG = gl.full([WARPS, 16], _NONE, gl.float32, rows)
+        total_SG = gl.zeros([WARPS, 16], gl.float32, rows)
+        acc_SGD = gl.zeros([WARPS, 16, DIM], gl.float32, products)
         if split == used - 1:
-            k_at, v_at = k + row * stride_k + head * DIM + d, v + row * stride_v + head * DIM + d
-            k_L, k_H, v_L, v_H = tl.load(k_at), tl.load(k_at + HALF), tl.load(v_at), tl.load(v_at + HALF)
+            k_at = k + row * stride_k + head * DIM + d_1L
+            k_1L, k_1H = gl.load(k_at), gl.load(k_at + HALF)
             if HAS_ROTARY:
-                wide_l, wide_h = k_L.to(tl.float32), k_H.to(tl.float32)
-                if HAS_NORM:
-                    unit_k = tl.rsqrt((tl.sum(wide_l * wide_l, 0) + tl.sum(wide_h * wide_h, 0)) / DIM + eps)
-                    wide_l = wide_l * unit_k * tl.load(k_weight + d).to(tl.float32)
-                    wide_h = wide_h * unit_k * tl.load(k_weight + HALF + d).to(tl.float32)
-                wide_l, wide_h = rotated(wide_l, wide_h, cos, sin)
-                k_L, k_H = wide_l.to(k_cache.dtype.element_ty), wide_h.to(k_cache.dtype.element_ty)
-            page = tl.load(indices + pages_at + (length - 1) // PAGE).to(tl.int64)
+                k_1L, k_1H = _ready(
+                    k_1L, k_1H, k_weight, length, inv_freq_1L, rotary_scaling, eps, d_1L, HAS_NORM, CHAINED
+                )
+            page = gl.load(table + (length - 1) // PAGE).to(gl.int64)
             slot = page * stride_page + ((length - 1) % PAGE) * stride_slot + head * stride_head
-            tl.store(k_cache + slot + d, k_L)
-            tl.store(k_cache + slot + HALF + d, k_H)
-            tl.store(v_cache + slot + d, v_L)
-            tl.store(v_cache + slot + HALF + d, v_H)
-            best = tl.sum(q_GL.to(tl.float32) * k_L.to(tl.float32)[None, :], 1)
-            best = (best + tl.sum(q_GH.to(tl.float32) * k_H.to(tl.float32)[None, :], 1)) * scale
+            gl.store(k_cache + slot + d_1L, k_1L)
+            gl.store(k_cache + slot + HALF + d_1L, k_1H)
+            d_new = along(0, DIM, 2, products)
+            v_11D = gl.load(v + row * stride_v + head * DIM + d_new)
+            gl.store(v_cache + slot + d_new, v_11D)
+            score_G = gl.sum(q_GL.to(gl.float32) * k_1L.to(gl.float32) + q_GH.to(gl.float32) * k_1H.to(gl.float32), 1)
+            score_1G = gl.expand_dims(gl.convert_layout(score_G * scale, gl.SliceLayout(0, rows)), 0)
             if HAS_SOFTCAP:
-                best = _cap(best, softcap)
-            total = tl.full([ROWS], 1.0, tl.float32)
-            acc_L += v_L.to(tl.float32)[None, :]
-            acc_H += v_H.to(tl.float32)[None, :]
+                score_1G = _cap(score_1G, softcap)
+            is_first = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, rows)), 1) == 0
+            best_SG = gl.where(is_first, score_1G, best_SG)
+            total_SG = gl.where(is_first, 1.0, total_SG)
+            acc_SGD += gl.where(gl.expand_dims(is_first, 2), v_11D.to(gl.float32), 0.0)
+
+        n_S1N = along(0, WARPS, 0, products) * TOKENS + along(0, TOKENS, 2, products)
+        stage = 0
         for start in range(begin, end, BLOCK):
-            inside = start + n < end
-            if EAGER:
-                k_NL, k_NH, v_NL, v_NH = next_KL, next_KH, next_VL, next_VH
-                ahead = start + BLOCK + n
-                next_KL, next_KH, next_VL, next_VH = _tokens(*caches, ahead, end, head_at, *strides, d, PAGE)
-            else:
-                k_NL, k_NH, v_NL, v_NH = _tokens(*caches, start + n, end, head_at, *strides, d, PAGE)
-            scores_GN = (tl.dot(q_GL, tl.trans(k_NL)) + tl.dot(q_GH, tl.trans(k_NH))) * scale
+            async_copy.wait_group(2 * STAGES - 1)
+            score_SGN = gl.zeros([WARPS, 16, TOKENS], gl.float32, products)
+            score_SGN = mma_v2(q_SGD, keys.index(stage).permute([0, 2, 1]).load(rhs), score_SGN) * scale
             if HAS_SOFTCAP:
-                scores_GN = _cap(scores_GN, softcap)
-            scores_GN = tl.where(inside[None, :], scores_GN, float("-inf"))
-            higher = tl.maximum(best, tl.max(scores_GN, 1))
-            fade = tl.exp(best - higher)
-            weight_GN = tl.exp(scores_GN - higher[:, None])
-            total = total * fade + tl.sum(weight_GN, 1)
-            weight_GN = weight_GN.to(v_NL.dtype)
-            acc_L = acc_L * fade[:, None] + tl.dot(weight_GN, v_NL)
-            acc_H = acc_H * fade[:, None] + tl.dot(weight_GN, v_NH)
-            best = higher
-        counter = row * num_heads + head
+                score_SGN = _cap(score_SGN, softcap)
+            score_SGN = gl.where(start + n_S1N < end, score_SGN, float("-inf"))
+            higher_SG = gl.maximum(best_SG, gl.max(score_SGN, 2))
+            fade_SG = gl.exp(best_SG - higher_SG)
+            weight_SGN = gl.exp(score_SGN - gl.expand_dims(higher_SG, 2))
+            total_SG = total_SG * fade_SG + gl.sum(weight_SGN, 2)
+            best_SG = higher_SG
+            async_copy.wait_group(2 * STAGES - 2)
+            acc_SGD = mma_v2(
+                gl.convert_layout(weight_SGN.to(dtype), lhs),
+                values.index(stage).load(rhs),
+                acc_SGD * gl.expand_dims(fade_SG, 2),
+            )
+            following = start + STAGES * BLOCK
+            next_at = following + BLOCK + own_page_SN1
+            next_page_SN1 = gl.load(table + next_at // PAGE, mask=next_at < end, other=0)
+            _fetch(
+                keys.index(stage),
+                values.index(stage),
+                k_cache,
+                v_cache,
+                page_SN1,
+                following + own_SN1,
+                end,
+                strides,
+                d_11D,
+                PAGE,
+            )
+            page_SN1 = next_page_SN1
+            stage = (stage + 1) % STAGES
+
+        # The warps' parts meet where keys and values were, once no copy is on its way there.
+        async_copy.wait_group(0)
+        ROWS: gl.constexpr = 8 if HEADS <= 8 else 16
+        if ROWS == 8:  # the others are padding
+            acc_SGD, _padding = gl.split(gl.permute(gl.reshape(acc_SGD, [WARPS, 2, 8, DIM]), [0, 2, 3, 1]))
+            best_SG, _padding = gl.split(gl.permute(gl.reshape(best_SG, [WARPS, 2, 8]), [0, 2, 1]))
+            total_SG, _padding = gl.split(gl.permute(gl.reshape(total_SG, [WARPS, 2, 8]), [0, 2, 1]))
+        parts = keys._reinterpret(gl.float32, [WARPS, ROWS, DIM], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+        sums = values._reinterpret(gl.float32, [2 * WARPS, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        bests, totals = sums.slice(0, WARPS, 0), sums.slice(WARPS, WARPS, 0)
+        gl.thread_barrier()
+        parts.store(acc_SGD)
+        bests.store(best_SG)
+        totals.store(total_SG)
+        gl.thread_barrier()
+        best_SH = bests.slice(0, HEADS, 1).load(gl.SliceLayout(2, side))
+        best_H = gl.max(best_SH, 0)
+        fade_SH = gl.exp(best_SH - gl.expand_dims(best_H, 0))
+        total_H = gl.sum(totals.slice(0, HEADS, 1).load(gl.SliceLayout(2, side)) * fade_SH, 0)
+        acc_HD = gl.sum(parts.slice(0, HEADS, 1).load(side) * gl.expand_dims(fade_SH, 2), 0)
+        best_H1 = gl.expand_dims(gl.convert_layout(best_H, gl.SliceLayout(1, flat)), 1)
+        total_H1 = gl.expand_dims(gl.convert_layout(total_H, gl.SliceLayout(1, flat)), 1)
+        h = gl.expand_dims(gl.arange(0, HEADS, gl.SliceLayout(1, flat)), 1)
+        d = gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, flat)), 0)
         if used == 1:
-            out_at = out + (counter * GROUP + g[:, None]) * DIM + d[None, :]
-            tl.store(out_at, (acc_L / total[:, None]).to(out.dtype.element_ty), mask=is_head)
-            tl.store(out_at + HALF, (acc_H / total[:, None]).to(out.dtype.element_ty), mask=is_head)
+            out_at = out + (counter * GROUP + h) * DIM + d
+            gl.store(out_at, (acc_HD / total_H1).to(out.dtype.element_ty), mask=(h < GROUP) & (d < DIM))
         else:
-            place = counter * SPLITS + split
-            partial_at = partial + (place * GROUP + g[:, None]) * DIM + d[None, :]
-            tl.store(partial_at, acc_L, mask=is_head)
-            tl.store(partial_at + HALF, acc_H, mask=is_head)
-            tl.store(stats + (place * GROUP + g) * 2, best, mask=g < GROUP)
-            tl.store(stats + (place * GROUP + g) * 2 + 1, total, mask=g < GROUP)
-            tl.debug_barrier()  # every thread's part is stored before the program counts as arrived
-            if tl.atomic_add(arrivals + counter, 1, sem="acq_rel") == used - 1:
-                tl.debug_barrier()
-                _merge(partial, stats, out, counter, used, GROUP, HEADS, HALF, SPLITS)
-                tl.store(arrivals + counter, 0)
+            place = (counter * SPLITS + split) * GROUP + h
+            gl.store(partial + place * DIM + d, acc_HD, mask=(h < GROUP) & (d < DIM))
+            gl.store(stats + place * 2, best_H1, mask=h < GROUP)
+            gl.store(stats + place * 2 + 1, total_H1, mask=h < GROUP)
+            gl.thread_barrier()  # every thread's part is stored before the program counts as arrived
+            if gl.atomic_add(arrivals + counter, 1, sem="acq_rel") == used - 1:
+                gl.thread_barrier()
+                _merge(partial, stats, out, counter, used, h, d, GROUP, SPLITS)
+                gl.store(arrivals + counter, 0)

@@ -1,11 +1,13 @@
 """Linear layers over few rows, whose time is that of reading the weight once, with what stands beside them folded in.
 
-Suffix letters: M rows, K inputs, N outputs, S parts of the inputs, each added up by a warp of its own.
+One row is a product and a sum (here), from two rows on it is tensor cores (`mma.py`).
+
+Suffix letters: M rows, K inputs, N outputs.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from importlib.util import find_spec
 
 import torch
 import triton
@@ -14,9 +16,10 @@ from torch import Tensor
 
 from .chain import follow, is_chained
 
-MAX_ROWS = 16
+MAX_ROWS = 32
 DTYPES = (torch.bfloat16, torch.float16)
-_MAX_WEIGHTS = 2**24  # of a linear that is ours at more rows than one: beyond, cuBLAS is as near to the bytes
+_REGISTERS = 128  # of a thread, that may hold weights which are ahead
+_MAX_WEIGHTS = {1: 2**40, 16: 2**27, MAX_ROWS: 2**24}  # by rows; beyond, cuBLAS is as near to the bytes, or nearer
 
 
 def suits(weight_NK: Tensor) -> bool:
@@ -26,6 +29,7 @@ def suits(weight_NK: Tensor) -> bool:
     num_out, num_in = weight_NK.shape
     return (
         is_chained(weight_NK.device)
+        and find_spec("triton.experimental.gluon") is not None
         and weight_NK.dtype in DTYPES
         and weight_NK.is_contiguous()
         and num_out % 32 == 0
@@ -35,8 +39,8 @@ def suits(weight_NK: Tensor) -> bool:
 
 def is_faster(num_rows: int, weight_NK: Tensor) -> bool:
     """Whether `linear` is faster than cuBLAS for a weight that `suits` (docs/design-notes.md)."""
-    is_small = num_rows == 1 or (num_rows <= MAX_ROWS and weight_NK.numel() <= _MAX_WEIGHTS)
-    return is_small and weight_NK.data_ptr() % 16 == 0
+    most = next((most for rows, most in _MAX_WEIGHTS.items() if num_rows <= rows), 0)
+    return weight_NK.numel() <= most and weight_NK.data_ptr() % 16 == 0
 
 
 def linear(
@@ -67,9 +71,10 @@ def linear(
     num_out = num_out // 2 if gated else num_out
     x_MK, residual_MN = _rows(x), None if residual is None else _rows(residual)
     out = torch.empty((*x.shape[:-1], num_out), dtype=x.dtype, device=x.device)
-    launch, chained = _launch(len(x_MK), num_out, gated), is_chained(x.device)
+    kernel, blocks = _launch(len(x_MK), num_out, num_in, gated)
+    chained = is_chained(x.device)
     with torch.cuda.device_of(x):
-        launch.kernel[(num_out // launch.block_out,)](
+        kernel[(num_out // blocks["BLOCK_OUT"],)](
             x_MK,
             weight_NK,
             bias_N,
@@ -82,14 +87,10 @@ def linear(
             eps,
             IN=num_in,
             OUT=num_out,
-            ROWS=launch.rows,
-            BLOCK_OUT=launch.block_out,
-            BLOCK_IN=launch.block_in,
-            WARPS=launch.warps,
             GATED=gated,
             CHAINED=chained,
-            num_warps=launch.warps,
             launch_pdl=chained,
+            **blocks,
         )
     return out
 
@@ -101,22 +102,25 @@ def _rows(x: Tensor) -> Tensor:
     return x_MK if is_aligned else x_MK.clone(memory_format=torch.contiguous_format)
 
 
-class _Launch(NamedTuple):
-    kernel: object
-    rows: int
-    block_out: int
-    block_in: int
-    warps: int
-
-
-def _launch(num_rows: int, num_out: int, gated: bool) -> _Launch:
+def _launch(num_rows: int, num_out: int, num_in: int, gated: bool) -> tuple[object, dict[str, int]]:
     """Which kernel, and its blocks, as measured between other kernels (docs/design-notes.md)."""
     is_wide = num_out >= 2048
     if num_rows == 1:
-        if gated:
-            return _Launch(_one_row, 1, 4, 512, 4)
-        return _Launch(_one_row, 1, 16, 1024, 8) if is_wide else _Launch(_one_row, 1, 4, 2048, 8)
-    return _Launch(_few_rows, 16, 16, 128, 4) if is_wide else _Launch(_few_rows, 16, 8, 256, 8)
+        block_out, block_in, warps = (4, 512, 4) if gated else (16, 1024, 8) if is_wide else (4, 2048, 8)
+        return _one_row, {"BLOCK_OUT": block_out, "BLOCK_IN": block_in, "num_warps": warps}
+    from .mma import few_rows
+
+    rows, warps = 16 if num_rows <= 16 else 32, 4
+    if rows == 16:
+        block_out = 16 if gated else 8 if 2 * num_in > num_out else 32
+        warps = 8 if num_out < 2048 and num_in % 256 == 0 else 4
+    else:
+        block_out = 8 if gated or num_in > 2 * num_out else 16
+    part = num_in // warps
+    block_in = max(size for size in (32, 64, 128) if part % size == 0)
+    held = max(1, _REGISTERS * 64 // (block_out * (2 if gated else 1) * block_in))
+    blocks = {"ROWS": rows, "BLOCK_OUT": block_out, "BLOCK_IN": block_in, "WARPS": warps}
+    return few_rows, {**blocks, "HELD": min(part // block_in, held), "num_warps": warps}
 
 
 @triton.jit
@@ -133,10 +137,8 @@ def _one_row(
     eps,
     IN: tl.constexpr,
     OUT: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
-    WARPS: tl.constexpr,
     GATED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
@@ -175,75 +177,6 @@ def _one_row(
         result_N, up_N = result_N * scale, up_N * scale
     result_N = _finish(result_N, up_N, bias, residual, n, n, n < OUT, OUT, GATED)
     tl.store(out + n, result_N.to(out.dtype.element_ty))
-
-
-@triton.jit
-def _few_rows(
-    x,
-    weight,
-    bias,
-    norm,
-    residual,
-    out,
-    num_rows,
-    stride_x,
-    stride_residual,
-    eps,
-    IN: tl.constexpr,
-    OUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    WARPS: tl.constexpr,
-    GATED: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    """On tensor cores, weights as in `_one_row`.
-
-    Each warp adds up a part of the inputs of its own: one chain of dots as long as all of them would wait for itself.
-    """
-    PART: tl.constexpr = IN // WARPS
-    n, m = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, ROWS)
-    s, k = tl.arange(0, WARPS)[:, None, None] * PART, tl.arange(0, BLOCK_IN)[None, None, :]
-    weight_SNK = weight + n.to(tl.int64)[None, :, None] * IN + s + k
-    tile_SNK = tl.load(weight_SNK, mask=k < PART, other=0.0)
-    if GATED:
-        up_SNK = tl.load(weight_SNK + OUT * IN, mask=k < PART, other=0.0)
-    if CHAINED:
-        follow()
-    is_row = m[None, :, None] < num_rows
-    x_SMK = x + m[None, :, None] * stride_x + s + k
-    acc_SMN = tl.zeros([WARPS, ROWS, BLOCK_OUT], tl.float32)
-    up_acc_SMN = tl.zeros([WARPS, ROWS, BLOCK_OUT], tl.float32)
-    square_SM = tl.zeros([WARPS, ROWS], tl.float32)
-    for start in tl.static_range(0, PART, BLOCK_IN):
-        inside = start + k < PART
-        rows_SMK = tl.load(x_SMK + start, mask=is_row & inside, other=0.0)
-        if start + BLOCK_IN < PART:
-            ahead = start + BLOCK_IN
-            next_SNK = tl.load(weight_SNK + ahead, mask=ahead + k < PART, other=0.0)
-            if GATED:
-                next_up_SNK = tl.load(weight_SNK + OUT * IN + ahead, mask=ahead + k < PART, other=0.0)
-        if norm is not None:
-            wide_SMK = rows_SMK.to(tl.float32)
-            square_SM += tl.sum(wide_SMK * wide_SMK, 2)
-            wide_SMK *= tl.load(norm + s + start + k, mask=inside, other=0.0).to(tl.float32)
-            rows_SMK = wide_SMK.to(x.dtype.element_ty)
-        acc_SMN = tl.dot(rows_SMK, tl.permute(tile_SNK, (0, 2, 1)), acc_SMN)
-        if GATED:
-            up_acc_SMN = tl.dot(rows_SMK, tl.permute(up_SNK, (0, 2, 1)), up_acc_SMN)
-        if start + BLOCK_IN < PART:
-            tile_SNK = next_SNK
-            if GATED:
-                up_SNK = next_up_SNK
-    result_MN, up_MN = tl.sum(acc_SMN, 0), tl.sum(up_acc_SMN, 0)
-    if norm is not None:
-        scale_M1 = tl.rsqrt(tl.sum(square_SM, 0) / IN + eps)[:, None]
-        result_MN, up_MN = result_MN * scale_M1, up_MN * scale_M1
-    is_row = m[:, None] < num_rows
-    at = m[:, None] * stride_residual + n[None, :]
-    result_MN = _finish(result_MN, up_MN, bias, residual, n[None, :], at, is_row, OUT, GATED)
-    tl.store(out + m[:, None] * OUT + n[None, :], result_MN.to(out.dtype.element_ty), mask=is_row)
 
 
 @triton.jit

@@ -19,27 +19,34 @@ def longest(contexts: list[int], num_steps: int) -> int:
     return max(contexts) + WARM_TOKENS + num_steps
 
 
-def start(make: Callable[[], object], ladder: BucketLadder, bars: Progress, options: dict) -> tuple[LLM, float]:
-    """An engine with those buckets, and the seconds that it took with its model.
+def start(
+    make: Callable[[], object], ladder: BucketLadder, bars: Progress, backend: str, options: dict
+) -> tuple[LLM, float]:
+    """An engine with those buckets and that backend, and the seconds that it took with its model.
 
     Args:
         make: gives the model, or where it is.
         ladder: the buckets.
         bars: where a bar is shown.
+        backend: who attends.
         options: what else `LLM` takes.
+
+    Raises:
+        BackendError: the backend cannot serve the model here.
     """
-    sizes, bar = sorted(ladder, reverse=True), bars.add_task("loading", total=len(ladder))
+    sizes, bar = sorted(ladder, reverse=True), bars.add_task(f"{backend}: loading", total=len(ladder))
 
     def show(stage: str, done: int, total: int) -> None:
         if stage == "measure":
-            bars.update(bar, description=f"a first capture, {done} of {total} buckets", completed=done)
+            bars.update(bar, description=f"{backend}: a first capture, {done} of {total} buckets", completed=done)
         elif stage == "capture" or done == total:
             done = done if stage == "capture" else 0
             said = f"capturing bucket {sizes[done]}" if done < len(sizes) else f"captured {len(sizes)} buckets"
-            bars.update(bar, description=said, completed=done)
+            bars.update(bar, description=f"{backend}: {said}", completed=done)
 
     started = time.perf_counter()
-    llm = LLM(make(), max_batch=ladder.max, buckets=list(ladder), prefix_cache=False, progress=show, **options)
+    shape = {"max_batch": ladder.max, "buckets": list(ladder), "prefix_cache": False}
+    llm = LLM(make(), backend=backend, progress=show, **shape, **options)
     return llm, time.perf_counter() - started
 
 
@@ -49,7 +56,7 @@ def measure(
     """Every bucket's capture and steps, all its rows at one context and no other rows running.
 
     Args:
-        llm: the engine.
+        llm: an engine with one backend.
         contexts: tokens of each row; the shortest must fit at every bucket, others are left out where they do not.
         num_steps: timed steps of each bucket and context.
         rate: bytes per second of a copy within the device.
@@ -59,13 +66,14 @@ def measure(
     Raises:
         OutOfPagesError: the largest bucket at the shortest context does not fit.
     """
-    captured = llm.profile().buckets
-    bar = bars.add_task("timing", total=len(captured) * len(contexts))
+    captured = {each.bucket: each.backends[0] for each in llm.profile().buckets}
+    backend = captured[max(captured)].backend
+    bar = bars.add_task(f"{backend}: timing", total=len(captured) * len(contexts))
     rows, times = [], {}
-    for capture in reversed(captured):  # what does not fit fails first
-        bucket, steps = capture.bucket, []
+    for bucket in sorted(captured, reverse=True):  # what does not fit fails first
+        steps = []
         for context in sorted(contexts):
-            bars.update(bar, description=f"timing bucket {bucket} at {context} tokens")
+            bars.update(bar, description=f"{backend}: timing bucket {bucket} at {context} tokens")
             try:
                 seconds = llm.time_steps(bucket, context, num_steps=num_steps)
             except OutOfPagesError as error:
@@ -88,18 +96,19 @@ def measure(
         rows.append(
             {
                 "bucket": bucket,
-                "capture_s": capture.capture_seconds,
-                "pool_bytes": capture.pool_bytes,
-                "driver_bytes": capture.driver_bytes,
-                "nvml_bytes": capture.nvml_bytes,
+                "backend": backend,
+                "capture_s": captured[bucket].capture_seconds,
+                "pool_bytes": captured[bucket].pool_bytes,
+                "driver_bytes": captured[bucket].driver_bytes,
+                "nvml_bytes": captured[bucket].nvml_bytes,
                 "steps": steps,
             }
         )
-    bars.update(bar, description=f"timed {len(captured)} buckets")
+    bars.update(bar, description=f"{backend}: timed {len(captured)} buckets")
     return rows[::-1], llm.profile(times)
 
 
 def progress(console) -> Progress:
     """A bar that names the bucket."""
-    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:<46}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console)

@@ -1,10 +1,13 @@
-"""A picture of a document: step time of buckets over context beside the roofline, and the padding of ladders."""
+"""A picture of a document: step time of buckets, with the backend that serves them, over context beside the roofline,
+and the padding of ladders."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from benchmark.plot import CEILING, COLOURS, GREY, OURS, STYLE
+
+from capturing.backends import serving
 
 SHOWN = len(COLOURS)  # buckets with a line of their own
 
@@ -47,7 +50,7 @@ def shown(buckets: list[dict]) -> list[dict]:
 def _steps(axes, document: dict) -> None:
     label = "roofline: bytes at the rate of a copy"
     for colour, row in zip(COLOURS, shown(document["buckets"]), strict=False):
-        steps = [step for step in row["steps"] if "step_ms" in step]
+        steps = [step for step in serving(row) if "step_ms" in step]
         contexts = [step["context"] for step in steps]
         low, middle, high = ([step["step_ms"][name] for step in steps] for name in ("p20", "p50", "p80"))
         axes.plot(contexts, middle, "o-", color=colour, lw=1.8, ms=4, label=f"bucket {row['bucket']}")

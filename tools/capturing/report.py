@@ -1,37 +1,76 @@
-"""Tables for the terminal: the buckets, the ladders, and what each further bucket buys."""
+"""Tables for the terminal: buckets, backends, ladders, and what each further bucket buys."""
 
 from __future__ import annotations
 
 from rich.table import Table
 
+from capturing.backends import captured, serving
+
 SHARED = ("logits", "step buffers", "workspaces", "activations and cache")  # lines of the ledger that all buckets share
 
 
 def bucket_table(document: dict) -> Table:
-    """A line per bucket and context, and one for what all buckets share."""
-    has_eager = any(step.get("eager_ms") for row in document["buckets"] for step in row["steps"])
+    """A line per bucket, backend and context, and one per engine for what all buckets share."""
+    measured = [each for row in document["buckets"] for each in row["backends"]]
+    has_eager = any(step.get("eager_ms") for each in measured for step in each["steps"])
     has_trace = document["trace"] is not None
-    head = ["bucket", "capture s", "pool MiB", "driver MiB", "NVML MiB", "context", "step ms p20", "p50", "p80"]
-    head += [*(["eager p50"] if has_eager else []), "bytes / copy rate, ms"]
+    head = ["bucket", "backend", "capture s", "pool MiB", "driver MiB", "NVML MiB", "context", "step ms p20", "p50"]
+    head += ["p80", *(["eager p50"] if has_eager else []), "bytes / copy rate, ms", "serves"]
     table = Table(*head, *(["padding it saves"] if has_trace else []), title="What each bucket takes")
     for row in document["buckets"]:
-        sizes = [_mib(row[name]) for name in ("pool_bytes", "driver_bytes", "nvml_bytes")]
-        capture = [str(row["bucket"]), f"{row['capture_s']:.2f}", *sizes]
-        saved = [_share(row["waste_saved"])] if has_trace else []
-        for step in row["steps"]:
-            if "reason" in step:
-                figures = ["does not fit", "-", "-", *(["-"] if has_eager else []), "-"]
-            else:
-                figures = [f"{step['step_ms'][name]:.3f}" for name in ("p20", "p50", "p80")]
-                figures += [f"{step['eager_ms']['p50']:.3f}"] if has_eager else []
-                figures += [f"{step['floor_ms']:.3f}"]
-            table.add_row(*capture, str(step["context"]), *figures, *saved)
-            capture, saved = [""] * len(capture), [""] * len(saved)
+        bucket, saved = str(row["bucket"]), [_share(row["waste_saved"])] if has_trace else []
+        for each in row["backends"]:
+            sizes = [_mib(each[name]) for name in ("pool_bytes", "driver_bytes", "nvml_bytes")]
+            capture = [each["backend"], f"{each['capture_s']:.2f}", *sizes]
+            for step in each["steps"]:
+                if "reason" in step:
+                    figures = ["does not fit", "-", "-", *(["-"] if has_eager else []), "-", "-"]
+                else:
+                    figures = [f"{step['step_ms'][name]:.3f}" for name in ("p20", "p50", "p80")]
+                    figures += [f"{step['eager_ms']['p50']:.3f}"] if has_eager else []
+                    figures += [f"{step['floor_ms']:.3f}", "yes" if step["serves"] else ""]
+                table.add_row(bucket, *capture, str(step["context"]), *figures, *saved)
+                bucket, capture, saved = "", [""] * len(capture), [""] * len(saved)
         table.add_section()
-    shared = {line["name"]: line["bytes"] for line in document["ledger"]["lines"] if line["name"] in SHARED}
-    table.add_row("shared", "", _mib(sum(shared.values())))
-    table.caption = "shared by all buckets: " + ", ".join(f"{name} {_mib(size)} MiB" for name, size in shared.items())
+    captions = []
+    for engine in (each for each in document["engines"] if "ledger" in each):
+        shared = {line["name"]: line["bytes"] for line in engine["ledger"]["lines"] if line["name"] in SHARED}
+        table.add_row("shared", engine["backend"], "", _mib(sum(shared.values())))
+        said = ", ".join(f"{name} {_mib(size)} MiB" for name, size in shared.items())
+        captions.append(f"shared by all buckets with {engine['backend']}: {said}")
+    table.caption = "\n".join(captions)
     return table
+
+
+def backend_table(document: dict) -> Table:
+    """Who serves each bucket, and what the second backend of one adds."""
+    title = "Backends" + "".join(
+        f"\n{each['backend']} was not measured: {each['reason'].splitlines()[0]}"
+        for each in document["engines"]
+        if "reason" in each
+    )
+    table = Table("bucket", "served by", "faster than the other by", "the second adds MiB", title=title)
+    for row in document["buckets"]:
+        spans = [f"{span['backend']} from {span['context']} tokens a row" for span in row["spans"]]
+        second = captured(row)[1:]
+        added = _mib(sum(each["pool_bytes"] + each["driver_bytes"] for each in second)) if second else "-"
+        table.add_row(str(row["bucket"]), ", ".join(spans), ", ".join(_gains(row)), added)
+    return table
+
+
+def _gains(row: dict) -> list[str]:
+    """At each context, the share of the median step that the backend in force saves of the best other one's."""
+    gains = []
+    for step in serving(row):
+        others = [
+            other["step_ms"]["p50"]
+            for each in row["backends"]
+            for other in each["steps"]
+            if other["context"] == step["context"] and not other["serves"] and "step_ms" in other
+        ]
+        if others and "step_ms" in step:
+            gains.append(f"{1 - step['step_ms']['p50'] / min(others):.1%} at {step['context']}")
+    return gains
 
 
 def ladder_table(document: dict) -> Table:

@@ -9,7 +9,7 @@ import torch
 from ...errors import BackendError
 from ...spec import AttentionSpec, CacheSpec
 from ...state import StepState
-from ..base import Plan
+from ..base import Plan, PrefillPlan
 
 VERSION = "0.7.2.post1"
 HEAD_DIMS = (64, 128, 256)
@@ -54,10 +54,10 @@ class FlashInferBackend:
 
         return DecodePlan(self._group, self._spec, self._cache, state, bucket, self._decode_workspace)
 
-    def prefill_plan(self) -> Plan:
-        from .prefill import PrefillPlan
+    def prefill_plan(self, kernel: str = "auto", max_tokens: int = 0) -> PrefillPlan:
+        from .prefill import RaggedPlan
 
-        return PrefillPlan(self._group, self._spec, self._cache, self._prefill_workspace)
+        return RaggedPlan(self._group, self._spec, self._cache, self._prefill_workspace, kernel, max_tokens)
 
     @property
     def num_bytes(self) -> int:

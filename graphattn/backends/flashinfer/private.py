@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
+from pathlib import Path
+
 import flashinfer
+import torch
+from flashinfer.jit import gen_batch_prefill_module
+from flashinfer.prefill import get_batch_prefill_module
 
 from ...errors import BackendError
+from ...spec import AttentionSpec, CacheSpec
 from . import VERSION
+
+HEADER = "curand_kernel.h"  # fa3 includes it, and small CUDA toolkits lack it
 
 if flashinfer.__version__ != VERSION:
     raise BackendError(
@@ -17,3 +28,57 @@ if flashinfer.__version__ != VERSION:
 def plan_info(wrapper) -> tuple[int, ...]:
     """The planner's offsets and sizes, which a captured launch of the wrapper holds by value."""
     return tuple(wrapper._plan_info)
+
+
+def why_no_fa3(spec: AttentionSpec, cache: CacheSpec) -> str | None:
+    """Why the module of the fa3 prefill can neither be loaded nor compiled; None if it can be."""
+    module = gen_batch_prefill_module("fa3", *_key(spec, cache))
+    if module.is_aot:
+        return None
+    lacks = []
+    if os.environ.get("FLASHINFER_DISABLE_JIT"):
+        lacks.append("FLASHINFER_DISABLE_JIT is set")
+    if shutil.which("ninja") is None:
+        lacks.append("ninja is not on the PATH")
+    if not module.is_compiled:
+        home = _cuda_home()
+        nvcc = Path(os.environ.get("FLASHINFER_NVCC") or home / "bin" / "nvcc")
+        if not nvcc.exists():
+            lacks.append(f"there is no {nvcc}")
+        includes = (home / "include", Path("/usr/include"))
+        is_told = "FLASHINFER_EXTRA_CUDAFLAGS" in os.environ  # where else to look
+        if not is_told and not any((folder / HEADER).exists() for folder in includes):
+            lacks.append(f"there is no {includes[0] / HEADER}")
+    return f"its module is not prebuilt and cannot be compiled: {', '.join(lacks)}" if lacks else None
+
+
+def load(kernel: str, spec: AttentionSpec, cache: CacheSpec) -> float:
+    """Loads the module of a prefill kernel, compiling it if need be; returns the seconds that this took.
+
+    Raises:
+        BackendError: it could not be compiled or loaded.
+    """
+    started = time.perf_counter()
+    try:
+        # What plan() asks for with these very arguments, and keeps.
+        get_batch_prefill_module(kernel, *_key(spec, cache))
+    except Exception as error:
+        other = "; prefill='fa2' does without it" if kernel == "fa3" else ""
+        raise BackendError(
+            f"FlashInfer's {kernel} prefill for {spec} could not be compiled or loaded{other}. "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return time.perf_counter() - started
+
+
+def _key(spec: AttentionSpec, cache: CacheSpec) -> tuple:
+    dtypes, no_position_encoding, fp16_qk_reduction = (cache.dtype, cache.dtype, cache.dtype, torch.int32), 0, False
+    has_window, has_softcap = spec.window is not None, spec.softcap is not None
+    sizes = (spec.head_dim, spec.head_dim)
+    return (*dtypes, *sizes, no_position_encoding, has_window, has_softcap, fp16_qk_reduction)
+
+
+def _cuda_home() -> Path:
+    """Where FlashInfer looks for the compiler (jit/cpp_ext.py)."""
+    asked, found = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), shutil.which("nvcc")
+    return Path(asked or (found and Path(found).parent.parent) or "/usr/local/cuda")

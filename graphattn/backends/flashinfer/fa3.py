@@ -1,0 +1,81 @@
+"""FlashInfer's prefill for Hopper, fa3: where it can be had, which batches it is for, and what its plans take.
+
+It computes tiles of query tokens of one head, each over the row's whole context: 128 tokens, where fa2 packs the heads
+of a kv head into a tile and splits the context where tiles are few.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendError
+from ...spec import AttentionSpec, CacheSpec
+
+TILES = {64: 192, 128: 128, 256: 128}  # query tokens by head_dim (scheduler.cuh, PrefillSM90Plan)
+CAPABILITY, CUDA = (9, 0), (12, 3)
+ONE_SCHEDULE_FROM = 4096  # tiles of a head beyond which all heads share one work list
+ARRAYS = 7  # that a work list has, of one int32 per tile
+
+
+def why_not(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> str | None:
+    """Why it cannot prefill the layer group on this device; None if it can."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability != CAPABILITY:
+        asked, there = (".".join(map(str, each)) for each in (CAPABILITY, capability))
+        return f"it is for compute capability {asked}, this device has {there}"
+    if tuple(map(int, torch.version.cuda.split(".")[:2])) < CUDA:
+        return f"it needs CUDA {'.'.join(map(str, CUDA))}, torch was built for {torch.version.cuda}"
+    from . import private
+
+    return private.why_no_fa3(spec, cache)
+
+
+def kernels_for(
+    asked: str, spec: AttentionSpec, cache: CacheSpec, device: torch.device, num_processors: int, max_tokens: int
+) -> tuple[tuple[str, ...], str | None]:
+    """Which prefill kernels serve a layer group, and why fa3 does not; None where it does or nobody asked.
+
+    Args:
+        asked: "auto", "fa2" or "fa3".
+        max_tokens: query tokens of the largest batch; "auto" leaves fa3 out if it is for larger ones only.
+
+    Raises:
+        BackendError: fa3 was asked for and does not serve it; says why.
+    """
+    if asked == "fa2":
+        return ("fa2",), None
+    least = least_tokens(spec, num_processors)
+    if asked == "auto" and max_tokens < least:
+        return ("fa2",), f"it is for batches of {least} tokens and more, and the largest has {max_tokens}"
+    reason = why_not(spec, cache, device)
+    if asked == "fa3" and reason is not None:
+        raise BackendError(f"prefill='fa3' cannot serve {spec} on {device}: {reason}; 'auto' and 'fa2' do without it")
+    return ("fa3",) if asked == "fa3" else ("fa2",) if reason is not None else ("fa2", "fa3"), reason
+
+
+def least_tokens(spec: AttentionSpec, num_processors: int) -> int:
+    """Query tokens of a batch from which on there is a tile for every other multiprocessor."""
+    return -(-num_processors * TILES[spec.head_dim] // (2 * spec.num_heads))
+
+
+def suits(spec: AttentionSpec, num_processors: int, counts_B: Tensor) -> bool:
+    """Whether rows of so many query tokens keep the device busy, and fill more than half of their tiles."""
+    tile, tokens = TILES[spec.head_dim], int(counts_B.sum())
+    return tokens >= least_tokens(spec, num_processors) and 2 * tokens > tile * int(_tiles(tile, counts_B))
+
+
+def plan_bytes(spec: AttentionSpec, num_processors: int, counts_B: Tensor) -> int:
+    """Bytes of ints of a plan for rows of so many query tokens; FlashInfer's `workspace_size` has no answer for fa3."""
+    tile, tokens = TILES[spec.head_dim], int(counts_B.sum())
+    shared = -(-tokens // tile) + len(counts_B) - 1 > ONE_SCHEDULE_FROM
+    works = int(_tiles(tile, counts_B)) * (1 if shared else spec.num_heads)
+    return ARRAYS * (_aligned(4 * works)) + _aligned(4 * (num_processors + 1))
+
+
+def _tiles(tile: int, counts_B: Tensor) -> Tensor:
+    return (-(-counts_B // tile)).sum()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from graphattn import errors, hf
+    from graphattn import errors, hf, memory
     from graphattn.batch import ragged_batch
     from graphattn.buckets import BucketLadder
     from graphattn.cache import KVCache
@@ -21,20 +21,23 @@ if TYPE_CHECKING:
         BackendError,
         BucketError,
         CaptureError,
+        CaptureMemoryError,
+        DeviceMemoryError,
         GraphattnError,
         InvalidArgumentError,
         InvalidRequestError,
+        MemoryLeakError,
         ModelFileError,
         NoActivePlanError,
         OutOfPagesError,
         UnsupportedModelError,
     )
     from graphattn.layer import Attention
-    from graphattn.memory import Ledger
+    from graphattn.ledger import Ledger
     from graphattn.ops import active_plans
     from graphattn.pages import BlockTable, PagePool
     from graphattn.plan import Planner
-    from graphattn.profile import BackendProfile, BucketProfile, CaptureProfile
+    from graphattn.profile import BackendProfile, BucketProfile, CaptureProfile, StartCosts
     from graphattn.runner import DecodeRunner
     from graphattn.sampling import SamplingParams
     from graphattn.spans import BackendSpan, StepTime, best_spans
@@ -57,15 +60,18 @@ __all__ = [
     "BucketProfile",
     "CacheSpec",
     "CaptureError",
+    "CaptureMemoryError",
     "CaptureProfile",
     "DecodeRunner",
     "Delta",
+    "DeviceMemoryError",
     "GraphattnError",
     "InvalidArgumentError",
     "InvalidRequestError",
     "KVCache",
     "LadderChoice",
     "Ledger",
+    "MemoryLeakError",
     "ModelFileError",
     "NoActivePlanError",
     "OutOfPagesError",
@@ -73,6 +79,7 @@ __all__ = [
     "Planner",
     "RequestOutput",
     "SamplingParams",
+    "StartCosts",
     "StepState",
     "StepTime",
     "Traffic",
@@ -84,10 +91,11 @@ __all__ = [
     "best_spans",
     "errors",
     "hf",
+    "memory",
     "ragged_batch",
 ]
 
-_SUBMODULES = frozenset({"errors", "hf"})
+_SUBMODULES = frozenset({"errors", "hf", "memory"})
 
 _MODULE_OF = {
     "LLM": "engine.llm",
@@ -102,15 +110,18 @@ _MODULE_OF = {
     "BucketProfile": "profile",
     "CacheSpec": "spec",
     "CaptureError": "errors",
+    "CaptureMemoryError": "errors",
     "CaptureProfile": "profile",
     "DecodeRunner": "runner",
     "Delta": "engine.request",
+    "DeviceMemoryError": "errors",
     "GraphattnError": "errors",
     "InvalidArgumentError": "errors",
     "InvalidRequestError": "errors",
     "KVCache": "cache",
     "LadderChoice": "choice",
-    "Ledger": "memory",
+    "Ledger": "ledger",
+    "MemoryLeakError": "errors",
     "ModelFileError": "errors",
     "NoActivePlanError": "errors",
     "OutOfPagesError": "errors",
@@ -118,6 +129,7 @@ _MODULE_OF = {
     "Planner": "plan",
     "RequestOutput": "engine.request",
     "SamplingParams": "sampling",
+    "StartCosts": "profile",
     "StepState": "state",
     "StepTime": "spans",
     "Traffic": "traffic",

@@ -11,6 +11,25 @@ from .errors import InvalidArgumentError
 from .spec import AttentionSpec, CacheSpec
 
 
+def first_page(pages: Tensor) -> Tensor:
+    """A cache's first page over the cache's own storage: what a layer holds and hands to the op.
+
+    Dynamo guards on a tensor's shape. As it sees one page, what it compiled serves a cache of any number of pages.
+    """
+    with torch.inference_mode(False):
+        held = torch.empty(0, dtype=pages.dtype, device=pages.device)
+        return held.set_(pages.untyped_storage(), pages.storage_offset(), (1, *pages.shape[1:]), pages.stride())
+
+
+def all_pages(page: Tensor) -> Tensor:
+    """The cache that a first page belongs to: every page that lies in its storage from there on."""
+    _, rows, columns, width = page.shape  # spelt out: eager steps do this for every layer
+    stride = page.stride()
+    extent = 1 + (rows - 1) * stride[1] + (columns - 1) * stride[2] + (width - 1) * stride[3]
+    behind = page.untyped_storage().nbytes() // page.itemsize - page.storage_offset() - extent
+    return page.as_strided((1 + behind // stride[0], rows, columns, width), stride)
+
+
 class KVCache:
     """Keys and values of every layer, in pages.
 

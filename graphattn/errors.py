@@ -35,6 +35,27 @@ class CaptureError(GraphattnError, RuntimeError):
     """A captured step no longer matches what it would replay (a moved weight, say)."""
 
 
+class DeviceMemoryError(GraphattnError, RuntimeError):
+    """Memory does not hold what was asked for; what had been taken for it was given back."""
+
+
+class CaptureMemoryError(CaptureError, DeviceMemoryError):
+    """Buckets could not be captured for want of memory; those that were stay usable.
+
+    Attributes:
+        failed: the buckets that could not, with any backend or with one of two.
+        captured: the buckets that are.
+    """
+
+    def __init__(self, message: str, *, failed: tuple[int, ...], captured: tuple[int, ...]):
+        super().__init__(message)
+        self.failed, self.captured = failed, captured
+
+
+class MemoryLeakError(GraphattnError, RuntimeError):
+    """Memory that was taken has not come back; says by which meter and how much."""
+
+
 class UnsupportedModelError(GraphattnError, ValueError):
     """The model's attention does something this layer does not serve; the message names it."""
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops  # noqa: F401  registers torch.ops.graphattn
+from .cache import first_page
 from .errors import InvalidArgumentError
 from .rope import Rotary
 from .spec import AttentionSpec
@@ -77,7 +78,11 @@ class Attention(nn.Module):
             raise InvalidArgumentError(
                 f"k_cache is {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}: make them equal"
             )
-        self.k_cache, self.v_cache = k_cache, v_cache
+        self.k_cache, self.v_cache = first_page(k_cache), first_page(v_cache)
+
+    def unbind(self) -> None:
+        """Lets go of its pages."""
+        self.k_cache, self.v_cache = (torch.empty(0, device=self.k_cache.device) for _ in "kv")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Appends `k` and `v` to the cache and attends.

@@ -2,7 +2,8 @@
 
 `torch.ops.graphattn.attend(q, k, v, k_cache, v_cache, group) -> out` appends and attends in one opaque call, so a
 compiled step has no graph break (FlashInfer's own calls have one each: flashinfer-ai/flashinfer#2733) and no copy of
-the cache (an append in traced code costs one). It takes no layer number, so one compiled layer serves all.
+the cache (an append in traced code costs one). It takes no layer number, so one compiled layer serves all, and one page
+for the whole cache (`cache.all_pages`), so a compiled layer serves caches of any size.
 `rotary_attend` takes queries and keys as they leave their projections, and norms and rotates them too.
 
 `torch.ops.graphattn.linear(x, weight, ...) -> out` is a linear layer with the norm before it, and the gate and residual
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .backends.base import Plan
+from .cache import all_pages
 from .errors import InvalidArgumentError, NoActivePlanError
 from .rope import Rotary
 
@@ -60,7 +62,7 @@ def _attend(
             f"the cache has pages of {list(k_cache.shape[1:])}, the plan was made for {list(plan.page_shape)}: "
             "give both the same CacheSpec (page_size and layout)"
         )
-    return plan.attend(q, k, v, k_cache, v_cache, rotary)
+    return plan.attend(q, k, v, all_pages(k_cache), all_pages(v_cache), rotary)
 
 
 def _rotary_attend(

@@ -72,6 +72,7 @@ class Planner:
 
     Attributes:
         backends: one for each layer group; of a table, its first. They prefill.
+        table: who serves each bucket; None where one backend serves all.
 
     Raises:
         BackendError: the backend, or one of the table, cannot serve a group.
@@ -94,13 +95,13 @@ class Planner:
                 for index, spec in enumerate(self.groups)
             ]
 
-        self._table: dict[int, Spans] | None = None
+        self.table: dict[int, Spans] | None = None
         if isinstance(backend, str):
             backends = made(backend)
             self._made = {", ".join(dict.fromkeys(each.name for each in backends)): backends}
         else:
-            self._table = {bucket: checked_spans(backend[bucket]) for bucket in sorted(backend)}
-            names = dict.fromkeys(span.backend for spans in self._table.values() for span in spans)
+            self.table = {bucket: checked_spans(backend[bucket]) for bucket in sorted(backend)}
+            names = dict.fromkeys(span.backend for spans in self.table.values() for span in spans)
             if not names or not BACKENDS.keys() >= names.keys():
                 raise InvalidArgumentError(f"a table of the backends {[*names]}: choose among {', '.join(BACKENDS)}")
             self._made = {name: made(name) for name in names}
@@ -117,11 +118,11 @@ class Planner:
         Raises:
             InvalidArgumentError: the table has no such bucket.
         """
-        if self._table is None:
+        if self.table is None:
             return (BackendSpan(context=1, backend=self._first),)
-        if bucket not in self._table:
-            raise InvalidArgumentError(f"no backend for bucket {bucket}: the table has {list(self._table)}; add it")
-        return self._table[bucket]
+        if bucket not in self.table:
+            raise InvalidArgumentError(f"no backend for bucket {bucket}: the table has {list(self.table)}; add it")
+        return self.table[bucket]
 
     def names(self, bucket: int) -> tuple[str, ...]:
         """The backends that serve a bucket, each once."""
@@ -131,6 +132,14 @@ class Planner:
         """The one that serves these rows at a bucket: by their tokens, shared out evenly among its rows."""
         spans = self.spans(bucket)
         return spans[0].backend if len(spans) == 1 else backend_at(spans, max(1, -(-sum(seq_lens) // bucket)))
+
+    def leave_out(self, bucket: int, backend: str) -> None:
+        """Has the other backends of a bucket serve what this one did, each what follows where it begins."""
+        left: list[BackendSpan] = []
+        for span in self.spans(bucket):
+            if span.backend != backend and (not left or left[-1].backend != span.backend):
+                left.append(span if left else BackendSpan(context=1, backend=span.backend))
+        self.table = {**self.table, bucket: checked_spans(left)}
 
     def decode(self, state: StepState, bucket: int, backend: str | None = None) -> StepPlan:
         """The plans of a bucket, by the backend of that name; None for the first."""

@@ -18,7 +18,7 @@ from .document import read_document, write_document
 from .errors import InvalidArgumentError
 from .spans import BackendSpan, BackendTable, StepTime, backend_at, best_spans, checked_spans
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ORIGIN = ("device", "versions", "model", "page_size", "layout")  # what a profile holds for
 PACKAGES = {"triton": "triton", "flashinfer": "flashinfer-python"}  # beside graphattn and torch
 
@@ -32,6 +32,7 @@ class BackendProfile:
         capture_seconds: planning, warm-up (with compilation, if the step compiles) and capture.
         pool_bytes: what its graph added to torch's private pool; 0 without CUDA graphs.
         driver_bytes: by how much the driver's free memory shrank beyond that.
+        nvml_bytes: by how much the process grew by NVML, the pool's growth included; None where NVML hides it.
         steps: its step at each context that was measured; may be empty.
     """
 
@@ -39,6 +40,7 @@ class BackendProfile:
     capture_seconds: float
     pool_bytes: int = 0
     driver_bytes: int = 0
+    nvml_bytes: int | None = None
     steps: tuple[StepTime, ...] = ()
 
 
@@ -67,9 +69,31 @@ class BucketProfile:
                     f"bucket {self.bucket} is served by {span.backend!r}, measured were {measured}: choose among those"
                 )
 
+    @property
+    def captured(self) -> tuple[BackendProfile, ...]:
+        """What each backend that serves it takes: a start captures it with all of these."""
+        return tuple(each for each in self.backends if each.backend in {span.backend for span in self.spans})
+
     def backend_at(self, context: int) -> str:
         """Who serves it at that many tokens a row."""
         return backend_at(self.spans, context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartCosts:
+    """What a start took beside weights and cache.
+
+    Attributes:
+        backends: who attended at some bucket.
+        settings: what that depends on beside the model, the device and the ladder; a start with others measures anew.
+        max_seq_len: tokens that requests could reach; a start for fewer takes no more.
+        growth: bytes by line of the ledger.
+    """
+
+    backends: tuple[str, ...]
+    settings: dict[str, Any]
+    max_seq_len: int
+    growth: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +108,7 @@ class CaptureProfile:
         layout: of a page.
         ladder: the buckets to capture; all of them were measured.
         buckets: what was measured, which may be more than the ladder.
+        costs: what each start took besides that was measured.
 
     Raises:
         InvalidArgumentError: no ladder, or one with a bucket that was not measured.
@@ -100,6 +125,7 @@ class CaptureProfile:
     layout: str
     ladder: tuple[int, ...]
     buckets: tuple[BucketProfile, ...]
+    costs: tuple[StartCosts, ...]
 
     def __post_init__(self):
         object.__setattr__(self, "ladder", BucketLadder(self.ladder).sizes)
@@ -144,7 +170,8 @@ class CaptureProfile:
             backends = tuple(each for buckets in measured for each in buckets[bucket].backends)
             spans = best_spans({each.backend: each.steps for each in backends})
             merged.append(BucketProfile(bucket=bucket, backends=backends, spans=spans))
-        return replace(first, buckets=tuple(merged))
+        costs = tuple(each for profile in profiles for each in profile.costs)
+        return replace(first, buckets=tuple(merged), costs=costs)
 
     def save(self, path: str | Path) -> None:
         """Writes it as JSON."""
@@ -163,6 +190,9 @@ class CaptureProfile:
                 if not isinstance(found[name], dict):
                     raise TypeError(f"{name} is {found[name]!r}")
             found["buckets"] = tuple(_bucket(each) for each in found["buckets"])
+            found["costs"] = tuple(
+                StartCosts(**(each | {"backends": tuple(each["backends"])})) for each in found["costs"]
+            )
             return cls(**found)
         except (TypeError, KeyError, InvalidArgumentError) as error:
             raise InvalidArgumentError(

@@ -7,8 +7,9 @@ embedding does: attention reads page tables early, and must not come right behin
 
 from __future__ import annotations
 
-import threading
+import gc
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,35 +20,18 @@ from torch import Tensor
 
 from .batch import Batch
 from .buckets import BucketLadder
-from .errors import BackendError, CaptureError, InvalidArgumentError
+from .capture import Capture, capture_graph
+from .errors import BackendError, CaptureError, CaptureMemoryError, InvalidArgumentError
+from .meters import read_meters
 from .ops import active_plans
+from .outputs import Outputs
 from .plan import Planner, StepPlan
+from .shortage import capture_shortage, first_line, is_out_of_memory
 from .state import StepState
 
 StepFn = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]
 CAPTURE_MODES = ("all", "lazy")
-_CAPTURING = threading.Lock()  # torch.cuda.graph empties the allocator's cache, which another thread's capture forbids
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capture:
-    """What one bucket's capture took.
-
-    Attributes:
-        bucket: rows.
-        backend: who attends in it.
-        seconds: planning, warm-up (with compilation, if the step compiles) and capture.
-        pool_bytes: what the graph added to torch's private pool; 0 without CUDA graphs.
-        driver_bytes: by how much the driver's free memory shrank beyond that.
-
-    A bucket that was captured anew with the same backend counts all of its captures.
-    """
-
-    bucket: int
-    backend: str
-    seconds: float
-    pool_bytes: int = 0
-    driver_bytes: int = 0
+CAPTURE_OOM_MODES = ("raise", "shrink")
 
 
 @dataclass
@@ -73,9 +57,13 @@ class DecodeRunner:
         ladder: the buckets; its largest must be `state.max_batch`.
         enforce_eager: never capture.
         capture: "all" captures every bucket in `capture()`; "lazy" the largest there, others when first used.
+        on_capture_oom: buckets that memory does not hold leave the ladder: "raise" then says so with an error, "shrink"
+            with a warning. Either way those captured stay usable: rows run at the next larger one of them.
 
     Attributes:
+        ladder: the buckets that steps run at.
         captures: a `Capture` per captured bucket and backend, in order.
+        shortage: which buckets were left out for want of memory, in words; None if none were.
         counts: steps by how they ran: "replay", "eager", and "guard" (a plan that no longer matched its capture).
         rows: steps by the number of rows asked for, padding left out.
         served: steps by bucket and backend.
@@ -94,6 +82,7 @@ class DecodeRunner:
         ladder: BucketLadder,
         enforce_eager: bool = False,
         capture: str = "all",
+        on_capture_oom: str = "raise",
     ):
         if ladder.max != state.max_batch:
             raise InvalidArgumentError(
@@ -106,8 +95,12 @@ class DecodeRunner:
         ):
             if ours != theirs:
                 raise InvalidArgumentError(f"the state has {what} {ours}, the planner {theirs}: make them equal")
-        if capture not in CAPTURE_MODES:
-            raise InvalidArgumentError(f"capture={capture!r}: choose {' or '.join(CAPTURE_MODES)}")
+        for name, mode, modes in (
+            ("capture", capture, CAPTURE_MODES),
+            ("on_capture_oom", on_capture_oom, CAPTURE_OOM_MODES),
+        ):
+            if mode not in modes:
+                raise InvalidArgumentError(f"{name}={mode!r}: choose {' or '.join(modes)}")
         self.uses_graphs = state.device.type == "cuda" and not enforce_eager
         if self.uses_graphs and planner.not_capturable:
             raise BackendError(
@@ -118,34 +111,48 @@ class DecodeRunner:
         self.counts: Counter[str] = Counter()
         self.rows: Counter[int] = Counter()
         self.served: Counter[tuple[int, str]] = Counter()
-        self._step_fn, self._lazy = step_fn, capture == "lazy"
+        self.shortage: str | None = None
+        self._step_fn, self._lazy, self._shrinks = step_fn, capture == "lazy", on_capture_oom == "shrink"
         self._buckets: dict[tuple[int, str], _Bucket] = {}
-        self._outputs: tuple[Tensor, ...] = ()
-        self._single = self._is_closed = False
-        self._pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
+        self._outputs, self._is_closed = Outputs(), False
+        self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
         self._stream = torch.cuda.Stream(state.device) if self.uses_graphs else None
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the outputs that all buckets share."""
-        return sum(output.nbytes for output in self._outputs)
+        return self._outputs.num_bytes
 
-    def capture(self, progress: Callable[[int, int], None] | None = None) -> list[Capture]:
+    def capture(
+        self, progress: Callable[[int, int], None] | None = None, *, max_buckets: int | None = None
+    ) -> list[Capture]:
         """Prepares the buckets, largest first so that smaller graphs fit in the pool it leaves.
 
         Args:
             progress: called as `progress(done, total)` after each bucket.
+            max_buckets: how many of the largest; None for all, or for one if they are captured lazily.
 
         Returns:
             What each bucket took.
+
+        Raises:
+            CaptureMemoryError: memory does not hold some of them (with "shrink": any of them).
         """
         self._check_open()
-        sizes = sorted(self.ladder, reverse=True)[: 1 if self._lazy else None]
+        asked, table, sizes = self.ladder, self.planner.table, sorted(self.ladder, reverse=True)
+        wanted = min(len(sizes), max_buckets or (1 if self._lazy else len(sizes)))
+        failed: dict[tuple[int, str | None], str] = {}
         for done, bucket in enumerate(sizes, start=1):
             for backend in self.planner.names(bucket):
-                self._prepare(bucket, backend)
+                failed |= self._prepare_or_drop(bucket, backend)
             if progress is not None:
-                progress(done, len(sizes))
+                progress(min(done, wanted), wanted)
+            if done - sum(backend is None for _, backend in failed) == wanted:
+                break
+        if not self._buckets:
+            self.ladder, self.planner.table = asked, table  # nothing fits now, and all may be tried again
+        if failed:
+            self._report(failed)
         return self.captures
 
     def run(
@@ -177,10 +184,9 @@ class DecodeRunner:
             BucketError: no bucket holds the rows.
             InvalidArgumentError: a row is too long, its table too short or holds a page that the cache has not, or the
                 arguments are not of one length.
-            CaptureError: a bucket that is captured now could not be.
+            CaptureError: a bucket that is captured now could not be; CaptureMemoryError for want of memory.
         """
-        bucket = self.ladder.pick(len(token_ids))
-        prepared = self._for(bucket, seq_lens)
+        bucket, prepared = self._ready(len(token_ids), seq_lens)
         num_pages = self.planner.cache.num_pages
         batch = self.state.stage(bucket, token_ids, seq_lens, tables, drawn=drawn, num_pages=num_pages)
         prepared.plan.plan(batch)
@@ -198,7 +204,7 @@ class DecodeRunner:
             self._capture_graph(bucket, prepared)
             self.state.stage(bucket, token_ids, seq_lens, tables, drawn=drawn, num_pages=num_pages)
             self._call(prepared)
-        return self._result(len(token_ids))
+        return self._outputs.rows(len(token_ids))
 
     def verify(
         self, token_ids: Sequence[int], seq_lens: Sequence[int], tables: Sequence[Sequence[Sequence[int]]]
@@ -212,16 +218,10 @@ class DecodeRunner:
         replayed = [output.clone() for output in (replayed if isinstance(replayed, tuple) else (replayed,))]
         bucket = self.ladder.pick(len(token_ids))
         self.state.stage(bucket, token_ids, seq_lens, tables, num_pages=self.planner.cache.num_pages)
-        self._call(self._for(bucket, seq_lens))
-        for index, (output, eager) in enumerate(zip(replayed, self._outputs, strict=True)):
-            bits, eager_bits = (each.unsqueeze(-1).view(torch.uint8) for each in (output, eager[: len(token_ids)]))
-            differs = bits != eager_bits
-            if differs.any():
-                rows = differs.flatten(1).any(1).nonzero().flatten().tolist()
-                raise CaptureError(
-                    f"output {index} of the captured step differs from the eager one in rows {rows}: "
-                    "something that the step reads was baked into the capture or moved since"
-                )
+        bucket, prepared = self._ready(len(token_ids), seq_lens)
+        self.state.stage(bucket, token_ids, seq_lens, tables, num_pages=self.planner.cache.num_pages)
+        self._call(prepared)
+        self._outputs.compare(replayed)
 
     def close(self) -> None:
         """Frees the graphs and lets go of every buffer; nothing can be run any more."""
@@ -229,7 +229,7 @@ class DecodeRunner:
             torch.cuda.synchronize(self.state.device)  # a replay may still run on what is freed here
         self._is_closed = True
         self._buckets.clear()
-        self._outputs = ()
+        self._outputs.clear()
         for name in ("state", "planner", "_step_fn"):
             vars(self).pop(name, None)
 
@@ -237,27 +237,68 @@ class DecodeRunner:
         if self._is_closed:
             raise CaptureError("the runner is closed, its graphs are freed: make a new one")
 
-    def _for(self, bucket: int, seq_lens: Sequence[int]) -> _Bucket:
-        """The bucket with the backend that serves these rows."""
+    def _ready(self, num_rows: int, seq_lens: Sequence[int]) -> tuple[int, _Bucket]:
+        """The bucket that rows run at, with the backend that serves them, captured now if it was not yet."""
         self._check_open()
-        return self._prepare(bucket, self.planner.backend_for(bucket, seq_lens))
+        bucket = self.ladder.pick(num_rows)
+        backend = self.planner.backend_for(bucket, seq_lens)
+        failed = self._prepare_or_drop(bucket, backend)
+        if not failed:
+            return bucket, self._buckets[bucket, backend]
+        self._report(failed)
+        return self._ready(num_rows, seq_lens)
 
-    def _prepare(self, bucket: int, backend: str) -> _Bucket:
+    def _prepare_or_drop(self, bucket: int, backend: str) -> dict[tuple[int, str | None], str]:
+        """Prepares a bucket with a backend, or says how memory did not hold it; what it took is then given back.
+
+        The bucket's other backends then serve what this one did. Without any, it has left the ladder, unless it is the
+        last, and is named with None for a backend.
+        """
         if (bucket, backend) in self._buckets:
-            return self._buckets[bucket, backend]
+            return {}
+        try:
+            self._prepare(bucket, backend)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        else:
+            return {}
+        if not self._buckets:
+            self._outputs.clear()  # they have the rows of the largest bucket
+        has_others = len(self.planner.names(bucket)) > 1
+        if has_others:
+            self.planner.leave_out(bucket, backend)
+        elif len(self.ladder) > 1:
+            self.ladder = BucketLadder([size for size in self.ladder if size != bucket])
+        gc.collect()  # of what the failed step's frames held
+        if self.state.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {(bucket, backend if has_others else None): reason}
+
+    def _report(self, failed: dict[tuple[int, str | None], str]) -> None:
+        """Says what was left out: as an error, or as a warning if that was asked for and anything is left."""
+        free, captured = read_meters(self.state.device).free, tuple(sorted({bucket for bucket, _ in self._buckets}))
+        text = capture_shortage(failed, self.captures, max_batch=self.state.max_batch, free=free)
+        self.shortage = text
+        if not (captured and self._shrinks):
+            raise CaptureMemoryError(text, failed=tuple(sorted({bucket for bucket, _ in failed})), captured=captured)
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+    def _prepare(self, bucket: int, backend: str) -> None:
         started = time.perf_counter()
         plan = self.planner.decode(self.state, bucket, backend)
         prepared = _Bucket(backend, plan, self.state.token_ids(bucket), self.state.positions(bucket))
         with self._rehearsal(bucket) as batch:
             prepared.plan.plan(batch)
-            self._allocate_outputs(prepared, bucket)
+            if not len(self._outputs):
+                self._outputs.allocate(self._eager(prepared), bucket, self.ladder.max)
         if self.uses_graphs:
             self._capture_graph(bucket, prepared, started)
         else:
             seconds = time.perf_counter() - started
             self.captures.append(Capture(bucket=bucket, backend=backend, seconds=seconds))
         self._buckets[bucket, backend] = prepared
-        return prepared
 
     @contextmanager
     def _rehearsal(self, bucket: int) -> Iterator[Batch]:
@@ -269,23 +310,6 @@ class DecodeRunner:
         finally:
             self.state.drawn.copy_(drawn)
 
-    def _allocate_outputs(self, prepared: _Bucket, bucket: int) -> None:
-        if self._outputs:
-            return
-        outputs = self._eager(prepared)
-        self._single = isinstance(outputs, Tensor)
-        outputs = (outputs,) if self._single else outputs
-        for index, output in enumerate(outputs):
-            if output.shape[:1] != (bucket,):
-                raise InvalidArgumentError(
-                    f"output {index} of step_fn is {tuple(output.shape)}: its first dimension must be the {bucket} rows"
-                )
-        rows = self.state.max_batch
-        with torch.inference_mode(False):
-            self._outputs = tuple(
-                torch.zeros((rows, *output.shape[1:]), dtype=output.dtype, device=output.device) for output in outputs
-            )
-
     def _eager(self, prepared: _Bucket) -> Tensor | tuple[Tensor, ...]:
         with torch.no_grad(), active_plans(prepared.plan.groups):
             self.state.feed(len(prepared.token_ids_B))
@@ -293,9 +317,7 @@ class DecodeRunner:
 
     def _call(self, prepared: _Bucket) -> None:
         """The step and the copy into the shared outputs: exactly what is captured."""
-        outputs = self._eager(prepared)
-        for shared, output in zip(self._outputs, (outputs,) if self._single else outputs, strict=True):
-            shared[: len(prepared.token_ids_B)].copy_(output)
+        self._outputs.copy_(self._eager(prepared), len(prepared.token_ids_B))
 
     def _capture_graph(self, bucket: int, prepared: _Bucket, started: float | None = None) -> None:
         """Warms up, captures and records what that took."""
@@ -309,40 +331,13 @@ class DecodeRunner:
                 for _ in range(2):
                     self._call(prepared)
             current.wait_stream(self._stream)
-        torch.cuda.synchronize(device)
-        with _CAPTURING:
-            # cuBLAS's workspace must come from the graph's pool: one from outside may be freed, and not by us
-            # (torch/_inductor/cudagraph_trees.py clears them too, for every stream).
-            torch._C._cuda_clearCublasWorkspaces()
-            torch.cuda.empty_cache()
-            reserved, free = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[0]
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                    self._call(prepared)
-            except Exception as error:
-                raise CaptureError(
-                    f"the step at bucket {bucket} runs but cannot be captured ({type(error).__name__}: {error}): it "
-                    "must not wait for the device (.item(), .cpu(), printing a tensor), or pass enforce_eager=True"
-                ) from error
-            finally:
-                torch._C._cuda_clearCublasWorkspaces()
-        prepared.graph, prepared.signature = graph, prepared.plan.signature
-        pool_bytes = torch.cuda.memory_reserved(device) - reserved
-        driver_bytes = free - torch.cuda.mem_get_info(device)[0] - pool_bytes
-        key = (bucket, prepared.backend)
-        earlier = [capture for capture in self.captures if (capture.bucket, capture.backend) == key]
-        self.captures = [capture for capture in self.captures if (capture.bucket, capture.backend) != key]
-        self.captures.append(
-            Capture(
-                bucket=bucket,
-                backend=prepared.backend,
-                seconds=time.perf_counter() - started + sum(capture.seconds for capture in earlier),
-                pool_bytes=max(pool_bytes, 0) + sum(capture.pool_bytes for capture in earlier),
-                driver_bytes=max(driver_bytes, 0) + sum(capture.driver_bytes for capture in earlier),
-            )
+        graph, bytes_taken = capture_graph(
+            lambda: self._call(prepared), bucket=bucket, pool=self.pool, stream=self._stream, device=device
         )
-
-    def _result(self, num_rows: int) -> Tensor | tuple[Tensor, ...]:
-        outputs = tuple(output[:num_rows] for output in self._outputs)
-        return outputs[0] if self._single else outputs
+        prepared.graph, prepared.signature = graph, prepared.plan.signature
+        seconds = time.perf_counter() - started
+        capture = Capture(bucket=bucket, backend=prepared.backend, seconds=seconds, **bytes_taken)
+        for earlier in [each for each in self.captures if (each.bucket, each.backend) == (bucket, capture.backend)]:
+            self.captures.remove(earlier)
+            capture = capture.after(earlier)
+        self.captures.append(capture)

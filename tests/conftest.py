@@ -44,6 +44,15 @@ def why_no_inductor() -> str | None:
     return None
 
 
+@pytest.fixture
+def watched():
+    """The leak check around a test, which calls `watched.mark()` after a first cycle."""
+    from graphattn import memory
+
+    with memory.watch() as found:
+        yield found
+
+
 @pytest.hookimpl(trylast=True)  # after -m and -k, so that only what would run is asked about
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for marker, why_not in (("gpu", why_no_gpu), ("inductor", why_no_inductor)):

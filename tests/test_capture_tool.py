@@ -59,6 +59,7 @@ def test_every_bucket_is_measured(with_trace: tuple[dict, str], folder: Path) ->
         assert {span["backend"] for span in row["spans"]} <= {each["backend"] for each in row["backends"]}
         for each in row["backends"]:
             assert each["capture_s"] > 0 and each["pool_bytes"] >= 0 and each["driver_bytes"] >= 0
+            assert each["nvml_bytes"] is None or each["nvml_bytes"] >= 0
             assert [step["context"] for step in each["steps"]] == document["contexts"] == [16, 40]
         for step in (step for each in row["backends"] for step in each["steps"]):
             assert 0 < step["step_ms"]["p20"] <= step["step_ms"]["p50"] <= step["step_ms"]["p80"]
@@ -66,6 +67,9 @@ def test_every_bucket_is_measured(with_trace: tuple[dict, str], folder: Path) ->
     assert "captured 8 buckets" in said and "timed 8 buckets" in said
     assert "What each bucket takes" in said and "What each bucket buys" in said
     assert document["model"]["name"] == "tiny" and document["model"]["layers"] == 2
+    (engine,) = (each for each in document["engines"] if "ledger" in each)
+    lines = {line["name"]: line["bytes"] for line in engine["ledger"]["lines"]}
+    assert lines["weights"] > 0 and lines["logits"] > 0 and "KV pages" in said and "shared by all buckets" in said
 
 
 def test_the_padding_that_a_bucket_saves(with_trace: tuple[dict, str]) -> None:
@@ -163,7 +167,7 @@ def test_a_trace_of_another_size_is_refused(tool, tmp_path: Path) -> None:
 
 
 def test_contexts_that_do_not_fit_are_left_out(tool) -> None:
-    capturing = tool("capturing.measure")
+    capturing, backends = tool("capturing.measure"), tool("capturing.backends")
     model = tool("benchmark.shape").random_model(SHAPE, torch.float32, "cpu")
     with LLM(model, max_batch=2, num_pages=8) as llm, capturing.progress(Console()) as bars:
         rows, profile = capturing.measure(llm, [64, 16], 2, rate=1e9, compares=True, bars=bars)
@@ -171,6 +175,16 @@ def test_contexts_that_do_not_fit_are_left_out(tool) -> None:
     assert [[step.context for step in steps] for steps in measured] == [[16, 64], [16]]
     assert "10 pages needed for 2 rows of 68 tokens" in rows[1]["steps"][1]["reason"]
     assert rows[0]["steps"][0]["eager_ms"]["p50"] > 0
+    lines = [{"name": name, "bytes": size << 20} for name, size in (("logits", 3), ("workspaces", 4), ("weights", 9))]
+    shown = [
+        {"bucket": bucket.bucket, "backends": [backends.with_serves(row, bucket)]}
+        for row, bucket in zip(rows, profile.buckets, strict=True)
+    ]
+    engines = [{"backend": "reference", "ledger": {"lines": lines}}, {"backend": "fused", "reason": "no GPU"}]
+    table = tool("capturing.report").bucket_table({"buckets": shown, "trace": None, "engines": engines})
+    assert table.row_count == 5
+    assert table.caption == "shared by all buckets with reference: logits 3.0 MiB, workspaces 4.0 MiB"
+    assert [list(column.cells)[-1] for column in table.columns[:4]] == ["shared", "reference", "", "7.0"]
 
 
 class Twin(ReferenceBackend):
@@ -213,7 +227,9 @@ def test_each_backend_is_measured_in_an_engine_of_its_own(tool, monkeypatch, tmp
     rows[1]["backends"][0] |= {"pool_bytes": 2**20, "driver_bytes": 2**20}
     assert [backends.graph_bytes(row) for row in rows] == [0, 2**21]
     document = {"buckets": rows, "trace": None, "engines": engines}
-    assert report.bucket_table(document).row_count == 8
+    assert report.bucket_table(document).row_count == 10
+    assert all({"logits", "workspaces"} < {line["name"] for line in each["ledger"]["lines"]} for each in engines[:2])
+    assert [each.backends for each in profile.costs] == [("reference",), ("twin",)]
     table = report.backend_table(document)
     assert "fused was not measured: backend fused cannot serve" in table.title
     columns = [list(column.cells) for column in table.columns]

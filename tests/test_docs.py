@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny
+
+from graphattn import MemoryLeakError, memory
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -72,6 +75,19 @@ def test_capture_page_chooses(capsys: pytest.CaptureFixture) -> None:
         "(3, 8)",
         "(1, 3, 8)",
     ]
+
+
+def test_memory_page(capsys: pytest.CaptureFixture) -> None:
+    """On a CPU of any size: nothing there is as large as the cache that is refused."""
+    names: dict = {"model": tiny("llama", num_layers=1, dtype=torch.float32)}
+    with pytest.raises(MemoryLeakError, match="MiB"), memory.watch("cpu"):
+        exec("\n".join(code("memory.md")), names)
+        kept = torch.zeros(1000)
+    assert names["record"]["lines"][0]["name"] == "weights" and len(kept) == 1000
+    assert names["missed"] == [] and "llm" in names
+    said = capsys.readouterr().out
+    assert "memory of cpu" in said and "KV pages" in said and "MiB are the margin" in said
+    assert "a cache of" in said and "does not fit" in said and "on_kv_oom='shrink'" in said
 
 
 def test_links_point_at_files() -> None:

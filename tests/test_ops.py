@@ -186,6 +186,24 @@ def test_transformers_step_compiles_once(family: str) -> None:
     assert compiled.num_compiles == 1
 
 
+@pytest.mark.inductor
+def test_a_compiled_step_serves_caches_of_any_size() -> None:
+    """So that a cache can be sized by what a first, small one showed, without compiling again."""
+    torch._dynamo.reset()
+    binding = Binding(tiny("llama", dtype=torch.float32), packs=True)
+    state = StepState(max_batch=8, max_seq_len=64, page_size=16, groups=[binding.spec], device="cpu")
+    plain, compiled = (ModelStep(binding.model, compile=compile, max_batch=8) for compile in (False, True))
+    for num_pages in (40, 64, 1000):
+        cache = CacheSpec(num_pages=num_pages, dtype=torch.float32)
+        held = KVCache(len(binding.layers), binding.spec, cache, "cpu")
+        binding.bind(held)
+        planner = Planner([binding.spec], cache, "cpu")
+        runs = [list(steps(step, state, planner, PagePool(num_pages), (4, 2, 1))) for step in (plain, compiled)]
+        for (expected, _), (logits, _) in zip(*runs, strict=True):
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert compiled.num_compiles == 2
+
+
 def test_compiled_models_do_not_share_dynamos_limit_and_go_when_dropped(monkeypatch) -> None:
     """More models than Dynamo keeps graphs for one piece of code; compilation itself is left out."""
     import gc

@@ -62,6 +62,9 @@ def main(
     compile: Annotated[bool | None, typer.Option(help="Compile the step; on CUDA by default.")] = None,
     enforce_eager: Annotated[bool, typer.Option(help="No CUDA graphs.")] = False,
     page_size: Annotated[int, typer.Option(min=1, help="As LLM takes it.")] = 16,
+    max_seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Of the engine that will use the profile; what the contexts need if less.")
+    ] = None,
     layout: Annotated[str, typer.Option(help="As LLM takes it.")] = "auto",
     memory_fraction: Annotated[float, typer.Option(help="As LLM takes it.")] = 0.9,
     commit: Annotated[str | None, typer.Option(help="The commit, where there is no git to ask.")] = None,
@@ -84,7 +87,7 @@ def main(
     lengths = sorted(set(read_counts("--contexts", contexts)))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     options = {
-        "max_seq_len": measure.longest(lengths, steps),
+        "max_seq_len": max(measure.longest(lengths, steps), max_seq_len or 1),
         "compile": "auto" if compile is None else compile,
         "enforce_eager": enforce_eager,
         "page_size": page_size,

@@ -37,7 +37,7 @@ def bundled_model() -> Path:
 def open_model(model: str, *, max_batch: int, enforce_eager: bool, compile: bool):
     """An `LLM`, with a bar for loading and one for its buckets."""
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    names = {"load": "loading the model", "capture": "preparing buckets"}
+    names = {"load": "loading the model", "measure": "measuring memory", "capture": "preparing buckets"}
     with Progress(*columns, console=console) as bars:
         bars.add_task("importing torch", total=1)
         from transformers.utils import logging

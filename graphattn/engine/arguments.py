@@ -14,12 +14,26 @@ from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..hf.load import end_token_ids, load_model
 from ..plan import BACKENDS
 from ..profile import CaptureProfile
-from ..runner import CAPTURE_MODES
+from ..runner import CAPTURE_MODES, CAPTURE_OOM_MODES
 from ..spans import BackendTable
 from ..spec import LAYOUTS
+from .sizing import KV_OOM_MODES
 
 
-def check_arguments(*, model, tokenizer, memory_fraction, backend, compile, capture, layout, prefill, **counts) -> None:
+def check_arguments(
+    *,
+    model,
+    tokenizer,
+    memory_fraction,
+    backend,
+    compile,
+    capture,
+    layout,
+    prefill,
+    on_capture_oom,
+    on_kv_oom,
+    **counts,
+) -> None:
     """Raises InvalidArgumentError for the first argument of `LLM` that is outside what it can be; loads nothing."""
     if not isinstance(model, (str, Path, nn.Module)):
         raise InvalidArgumentError(f"model is a {type(model).__name__}: give a path, a name or a loaded model")
@@ -30,6 +44,8 @@ def check_arguments(*, model, tokenizer, memory_fraction, backend, compile, capt
         ("compile", compile, ("auto", True, False)),
         ("capture", capture, CAPTURE_MODES),
         ("layout", layout, ("auto", *LAYOUTS)),
+        ("on_capture_oom", on_capture_oom, CAPTURE_OOM_MODES),
+        ("on_kv_oom", on_kv_oom, KV_OOM_MODES),
         ("prefill", prefill, PREFILL_KERNELS),
     ):
         if value not in allowed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 
@@ -12,24 +13,27 @@ from ..batch import Batch, ragged_batch
 from ..buckets import BucketLadder
 from ..cache import KVCache
 from ..draw import Sampled, sample, with_logprobs
-from ..errors import CaptureError, InvalidArgumentError
+from ..errors import CaptureError, DeviceMemoryError, InvalidArgumentError
 from ..hf.binding import IMPLEMENTATION, Binding
 from ..layer import Attention
-from ..memory import tensor_bytes
+from ..ledger import mib, tensor_bytes
 from ..ops import active_plans
 from ..pages import NULL_PAGE
 from ..plan import Planner
 from ..runner import DecodeRunner
 from ..sampling import Ask, RowSampling, SamplingParams
+from ..shortage import first_line, is_out_of_memory
 from ..spans import BackendTable
 from ..spec import CacheSpec
 from ..state import StepState
+from .accounts import WORKSPACES
 from .arguments import vocab_size_of
 from .draws import RowDraws
 from .flight import Flight
+from .forecast import Forecast
 from .request import Request
 from .scheduler import Chunk
-from .step import ModelStep
+from .step import ModelStep, most_likely
 
 DECODED, PREFILLED = 0, 1  # the rows of `StepState.drawn`
 
@@ -40,39 +44,27 @@ class Executor:
     def __init__(
         self,
         binding: Binding,
-        cache: CacheSpec,
         *,
         backend: str | BackendTable,
         enforce_eager: bool,
         compile: bool,
         capture: str,
-        ladder: BucketLadder,
-        max_seq_len: int,
+        on_capture_oom: str,
+        max_batch: int,
+        prefill: str,
+        max_prefill_tokens: int,
     ):
         self.binding, self.model, self.device = binding, binding.model, binding.model.device
-        groups = [binding.spec]
-        self.planner = Planner(groups, cache, self.device, backend)
-        self.num_layers = len(binding.layers)
-        self.cache = KVCache(self.num_layers, binding.spec, cache, self.device)
-        binding.bind(self.cache)
-        self.state = StepState(
-            max_batch=ladder.max,
-            max_seq_len=max_seq_len,
-            page_size=cache.page_size,
-            groups=groups,
-            device=self.device,
-        )
-        self._draws = RowDraws(
-            self.state.drawn[DECODED],
-            max_batch=ladder.max,
-            vocab=vocab_size_of(self.model),
-            dtype=self.model.dtype,
-        )
+        self.num_layers, self.backend, self.is_lazy = len(binding.layers), backend, capture == "lazy"
+        self.prefill_kernel, self.max_prefill_tokens = prefill, max_prefill_tokens
+        self._options = {"enforce_eager": enforce_eager, "capture": capture, "on_capture_oom": on_capture_oom}
+        self.runner: DecodeRunner | None = None
+        self.enforce_eager, self.shortage = enforce_eager, None
+        self.forecast: Forecast | None = None  # what the start was to take,
+        self.growth: dict[str, int] = {}  # and what it took, of that `kernel_bytes` outside torch and graphs
+        self.kernel_bytes = 0
         self._rows: list[Request] = []  # who decoded where in the last step
-        self.step = ModelStep(self.model, compile=compile, max_batch=ladder.max, draw=self._draws)
-        self.runner = DecodeRunner(
-            self.step, self.state, self.planner, ladder=ladder, enforce_eager=enforce_eager, capture=capture
-        )
+        self.step = ModelStep(self.model, compile=compile, max_batch=max_batch)
         self._weights = [
             (tensors, name)
             for module in self.model.modules()
@@ -86,28 +78,63 @@ class Executor:
         ]
         self._addresses = self._read_addresses()
 
-    def capture(
-        self, prefill: str, max_prefill_tokens: int, progress: Callable[[int, int], None] | None = None
-    ) -> None:
-        """Prepares prefill, every bucket (or the largest, if lazily), and what draws outside them.
+    def lay_out(self, cache: CacheSpec, ladder: BucketLadder, max_seq_len: int) -> None:
+        """Makes pages, buffers, plans of prefill and a runner; the compiled step is the same for any."""
+        groups = [self.binding.spec]
+        self.planner = Planner(groups, cache, self.device, self.backend)
+        self.cache = KVCache(self.num_layers, self.binding.spec, cache, self.device)
+        self.binding.bind(self.cache)
+        self.state = StepState(
+            max_batch=ladder.max,
+            max_seq_len=max_seq_len,
+            page_size=cache.page_size,
+            groups=groups,
+            device=self.device,
+        )
+        self._draws = RowDraws(
+            self.state.drawn[DECODED],
+            max_batch=ladder.max,
+            vocab=vocab_size_of(self.model),
+            dtype=self.model.dtype,
+        )
+        self.step.draw = self._draws
+        self.runner = DecodeRunner(self.step, self.state, self.planner, ladder=ladder, **self._options)
+        longest = min(self.max_prefill_tokens, ladder.max * max_seq_len)
+        self._prefill_plan = self.planner.prefill(self.prefill_kernel, longest)
 
-        Args:
-            prefill: which kernels compute it, as `Planner.prefill` takes it.
-            max_prefill_tokens: of one step.
-            progress: called as `progress(done, total)` after each bucket.
-        """
-        longest = min(max_prefill_tokens, self.state.max_batch * self.state.max_seq_len)
-        self._prefill_plan = self.planner.prefill(prefill, longest)
-        self.runner.capture(progress)
+    def release(self) -> None:
+        """Frees graphs, pages and buffers, to the last byte for others; `lay_out` makes new ones."""
+        if self.runner is not None:
+            self.runner.close()
+        self.binding.unbind()
+        if "cache" in vars(self):
+            self.cache.layers.clear()  # who still holds the cache must not keep the bytes
+        for name in ("planner", "state", "_prefill_plan", "_draws"):
+            vars(self).pop(name, None)
+        self.step.draw, self._rows = most_likely, []
         if self.device.type == "cuda":
-            # Kernels are compiled at their first call, which no request should wait for.
-            vocab = self.model.get_input_embeddings().num_embeddings
-            for count in (1, self.state.max_batch):
-                logits = torch.zeros(count, vocab, dtype=self.model.dtype, device=self.device)
-                for penalty in (1.0, 2.0):
-                    params = SamplingParams(repetition_penalty=penalty)
-                    sample(logits, [RowSampling(params, seed=0, position=0, seen=(0,))] * count)
-            self._warm_up(max_prefill_tokens)
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def capture(self, progress: Callable[[int, int], None] | None = None, *, max_buckets: int | None = None) -> None:
+        """Prepares every bucket (or the largest, if lazily; or so many), and what runs outside them.
+
+        Raises:
+            CaptureMemoryError: memory does not hold a bucket.
+            DeviceMemoryError: it does not hold the longest prefill beside them.
+        """
+        self.runner.capture(progress, max_buckets=max_buckets)
+        if self.device.type == "cuda":
+            try:
+                self._warm_up(self.max_prefill_tokens)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise DeviceMemoryError(
+                    f"a prefill of {self.max_prefill_tokens} tokens does not fit beside {mib(self.cache.num_bytes)} "
+                    f"MiB of cache ({first_line(error)}): lower max_prefill_tokens, or give the cache less (kv_bytes, "
+                    "num_pages or memory_fraction)"
+                ) from error
 
     @property
     def about_prefill(self) -> str:
@@ -205,25 +232,37 @@ class Executor:
                 "update weights in place with llm.load_weights(...), or make a new LLM"
             )
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights and buffers."""
+        return tensor_bytes(tensors[name] for tensors, name in self._weights)
+
     def parts(self) -> dict[str, int]:
-        """Bytes on the device by what they are for."""
+        """Bytes in tensors by what they are for."""
         return {
-            "weights": tensor_bytes(tensors[name] for tensors, name in self._weights),
+            "weights": self.weight_bytes,
             "KV pages": self.cache.num_bytes,
-            "workspaces": self.planner.num_bytes,
-            "step buffers": self.state.num_bytes + self._draws.num_bytes + self.runner.num_bytes,
+            WORKSPACES: self.planner.num_bytes,
+            "step buffers": self.state.num_bytes + self._draws.num_bytes,
+            "logits": self.runner.num_bytes,
         }
 
     def close(self) -> None:
         """Frees graphs, pages and buffers, and restores the model."""
-        self.runner.close()
+        self.release()
         self.binding.detach()
-        self.cache.layers.clear()
-        self._weights, self._children, self._addresses, self._rows = [], [], [], []
-        del self.planner, self.state, self._prefill_plan, self._draws, self.step
+        self._weights, self._children, self._addresses = [], [], []
+        del self.step
 
     def _warm_up(self, num_tokens: int) -> None:
-        """A prefill of that many tokens, on the null page: its kernels are loaded and its memory found."""
+        """Draws, and a prefill of that many tokens on the null page: kernels are compiled at their first call, which
+        no request should wait for, and their memory is found."""
+        vocab = self.model.get_input_embeddings().num_embeddings
+        for count in (1, self.state.max_batch):
+            logits = torch.zeros(count, vocab, dtype=self.model.dtype, device=self.device)
+            for penalty in (1.0, 2.0):
+                params = SamplingParams(repetition_penalty=penalty)
+                sample(logits, [RowSampling(params, seed=0, position=0, seen=(0,))] * count)
         length = min(num_tokens, self.state.max_seq_len)
         num_rows, page_size = min(max(1, num_tokens // length), self.state.max_batch), self.state.page_size
         pages = [NULL_PAGE] * -(-length // page_size)

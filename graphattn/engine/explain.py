@@ -7,8 +7,8 @@ from .scheduler import Scheduler
 from .step import ModelStep
 
 
-def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int) -> str:
-    """Mode, backend, rope, ladder, pages, and how steps have run; a line each."""
+def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str) -> str:
+    """Mode, backend, rope, ladder, pages, `how` they were sized, and how steps have run; a line each."""
     run, step, planner, pool = executor.runner, executor.step, executor.planner, scheduler.pool
     counts = run.counts
     buckets = ", ".join(
@@ -16,6 +16,7 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int) -> str:
     )
     mode = "captured in CUDA graphs" if run.uses_graphs else "eager (no CUDA graphs)"
     compiled = f"compiled, {step.num_compiles} graphs" if step.compile else "not compiled"
+    shortage = run.shortage or executor.shortage
     return "\n".join(
         (
             f"decode      {mode}, {compiled}",
@@ -28,6 +29,8 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int) -> str:
             f"buckets     {buckets}; {run.ladder.waste(run.rows):.0%} of the rows computed were padding",
             f"pages       {pool.num_usable} of {pool.page_size} tokens ({planner.cache.layout}), {pool.num_used} in "
             f"use, {pool.num_cached} cached; max_seq_len {max_seq_len}",
+            f"memory      {how}",
+            *(() if shortage is None else (f"left out    {shortage}",)),
             f"steps       {counts['replay']} replayed, {counts['eager']} eager, {counts['guard']} stopped by the plan "
             f"guard; {scheduler.num_preemptions} preemptions, {pool.num_hits} tokens from the prefix cache",
         )

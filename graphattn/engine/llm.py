@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -14,24 +14,24 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
 from ..hf.binding import Binding
-from ..memory import Ledger
+from ..ledger import Ledger
 from ..pages import PagePool
 from ..profile import CaptureProfile, origin
 from ..sampling import SamplingParams
 from ..spans import StepTime
 from ..traffic import Traffic
+from .accounts import engine_ledger
 from .arguments import backend_for, check_arguments, end_ids_of, ladder_for, opened, vocab_size_of
 from .engine import Engine
 from .executor import Executor
 from .explain import explain
-from .profiling import engine_ledger, profile_of, time_steps
+from .profiling import profile_of, time_steps
 from .prompts import Prompt, PromptReader
 from .request import Delta, RequestOutput
 from .scheduler import Scheduler
-from .sizing import cache_spec, check_room, length_limit
+from .sizing import CacheAsk, Sizing, length_limit
+from .start import Progress, Start
 from .text import decoder_of
-
-Progress = Callable[[str, int, int], None]
 
 
 class LLM:
@@ -56,8 +56,11 @@ class LLM:
         page_size: tokens in a page.
         num_pages: pages of the cache, the null page among them.
         kv_bytes: bytes of the cache, instead of `num_pages`.
-        memory_fraction: with neither, this share of the memory that is free once the model is loaded (no more than
-            `max_batch` requests of `max_seq_len` can use).
+        memory_fraction: with neither, what the engine may take, graphs and activations included, of the memory that is
+            free once the model is loaded (no more than `max_batch` requests of `max_seq_len` can use).
+        on_kv_oom: where memory does not hold that cache: "raise", or "shrink" it to what is free then, with a warning.
+        on_capture_oom: where memory does not hold a bucket's graph: "raise", or "shrink" the ladder, and with it
+            `max_batch` if the largest does not fit, with a warning.
         kv_dtype: of the cache; None, or the model's own dtype: no backend serves another one yet.
         layout: of a page: "NHD" (slots before heads), "HND" or "auto", which is NHD.
         capture_profile: a file of `tools/capture.py` that the ladder and each bucket's backend are taken from. Made
@@ -68,7 +71,8 @@ class LLM:
         prefill: FlashInfer's kernels for it: "fa2", "fa3", or "auto", which is fa3 for batches large enough on a Hopper
             GPU. What is not prebuilt is compiled at the first start, fa3 for minutes.
         prefix_cache: share full pages between requests that begin alike.
-        progress: called as `progress(stage, done, total)` while loading ("load") and capturing ("capture").
+        progress: called as `progress(stage, done, total)` while loading ("load"), in a first capture that
+            only measures ("measure", where the cache is sized by what is left) and capturing ("capture").
 
     Raises:
         ModelFileError: no model at that path.
@@ -99,6 +103,8 @@ class LLM:
         num_pages: int | None = None,
         kv_bytes: int | None = None,
         memory_fraction: float = 0.9,
+        on_kv_oom: str = "raise",
+        on_capture_oom: str = "raise",
         kv_dtype: torch.dtype | None = None,
         layout: str = "auto",
         capture_profile: str | Path | None = None,
@@ -124,46 +130,38 @@ class LLM:
             page_size=page_size,
             num_pages=num_pages,
             kv_bytes=kv_bytes,
+            on_kv_oom=on_kv_oom,
+            on_capture_oom=on_capture_oom,
         )
         progress = progress or (lambda stage, done, total: None)
         model, tokenizer = opened(model, tokenizer, dtype=dtype, device=device, progress=partial(progress, "load"))
         binding = Binding(model, packs=True)
-        try:
-            limit = length_limit(binding, max_seq_len)
-            cache = cache_spec(
-                binding,
-                kv_dtype=kv_dtype,
-                page_size=page_size,
-                layout="NHD" if layout == "auto" else layout,
-                num_pages=num_pages,
-                kv_bytes=kv_bytes,
-                memory_fraction=memory_fraction,
-                max_batch=max_batch,
-                max_prefill_tokens=max_prefill_tokens,
-                limit=limit,
-            )
-            if profile is not None:
-                profile.check(**origin(model, page_size=page_size, layout=cache.layout))
-            if max_seq_len is not None:
-                check_room(cache, max_seq_len)
-            self.pool = PagePool(cache.num_pages, page_size, prefix_cache=prefix_cache)
-            room = self.pool.capacity_tokens
-            self.max_seq_len = room if limit is None else min(limit, room)
+        ask = CacheAsk(num_pages=num_pages, kv_bytes=kv_bytes, memory_fraction=memory_fraction, on_kv_oom=on_kv_oom)
+        with ExitStack() as undo:
+            undo.callback(binding.detach)
             self._executor = Executor(
                 binding,
-                cache,
                 backend=backend_for(backend, profile),
                 enforce_eager=enforce_eager,
                 compile=model.device.type == "cuda" if compile == "auto" else compile,
                 capture=capture,
-                ladder=ladder,
-                max_seq_len=self.max_seq_len,
+                on_capture_oom=on_capture_oom,
+                max_batch=max_batch,
+                prefill=prefill,
+                max_prefill_tokens=max_prefill_tokens,
             )
-            self._executor.capture(prefill, max_prefill_tokens, partial(progress, "capture"))
-            vocab_size = vocab_size_of(model)
-        except BaseException:
-            binding.detach()
-            raise
+            undo.callback(self._executor.close)
+            vocab_size, limit = vocab_size_of(model), length_limit(binding, max_seq_len)
+            kind = {"page_size": page_size, "layout": layout, "kv_dtype": kv_dtype}
+            sizing = Sizing.of(binding, ask, **kind, max_batch=max_batch, limit=limit)
+            if profile is not None:
+                profile.check(**origin(model, page_size=page_size, layout=sizing.smallest.layout))
+            self._start = Start(self._executor, sizing, ladder, limit=limit, profile=profile, progress=progress)
+            cache = self._start.run(max_seq_len)
+            undo.pop_all()
+        self.pool = PagePool(cache.num_pages, page_size, prefix_cache=prefix_cache)
+        self.max_seq_len = self._executor.state.max_seq_len
+        max_batch = self._executor.runner.ladder.max
         self.model, self.tokenizer = model, tokenizer
         # An LLM that is dropped without close() must not leave the model attached, with nobody left to detach it.
         self._finalizer = weakref.finalize(self, self._executor.close)
@@ -283,7 +281,7 @@ class LLM:
     def explain(self) -> str:
         """What is in force: mode, backend, rope, ladder, pages, and how steps have run."""
         self._check_open()
-        return explain(self._executor, self._scheduler, self.max_seq_len)
+        return explain(self._executor, self._scheduler, self.max_seq_len, self._start.how)
 
     def ledger(self) -> Ledger:
         """Where the bytes are, from tensors, torch, the driver and NVML."""
@@ -325,7 +323,7 @@ class LLM:
             InvalidArgumentError: a bucket that was not captured.
         """
         self._check_open()
-        return profile_of(self._executor, step_times or {}, ladder)
+        return profile_of(self._executor, self._start.costs(), step_times or {}, ladder)
 
     def close(self) -> None:
         """Aborts what runs, frees graphs and pages, and restores the model; does nothing the second time."""

@@ -1,4 +1,4 @@
-"""What the steps of an engine take: time, capture, memory."""
+"""What the steps of an engine take: time, capture."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..errors import InvalidArgumentError, OutOfPagesError
-from ..memory import Ledger, ledger
 from ..pages import BlockTable, PagePool
-from ..profile import BackendProfile, BucketProfile, CaptureProfile, origin
+from ..profile import BackendProfile, BucketProfile, CaptureProfile, StartCosts, origin
 from ..spans import StepTime, backend_at
 from .executor import Executor
 
@@ -86,7 +85,10 @@ def _between(marks: list) -> list[float]:
 
 
 def profile_of(
-    executor: Executor, step_times: Mapping[int, Sequence[StepTime]], ladder: Sequence[int] | None
+    executor: Executor,
+    costs: StartCosts,
+    step_times: Mapping[int, Sequence[StepTime]],
+    ladder: Sequence[int] | None,
 ) -> CaptureProfile:
     """What capture took at each bucket, with step times that were measured since."""
     planner, captures = executor.planner, executor.runner.captures
@@ -103,6 +105,7 @@ def profile_of(
                 capture_seconds=capture.seconds,
                 pool_bytes=capture.pool_bytes,
                 driver_bytes=capture.driver_bytes,
+                nvml_bytes=capture.nvml_bytes,
                 steps=tuple(step for step in times if backend_at(spans, step.context) == capture.backend),
             )
             for capture in captures
@@ -113,15 +116,5 @@ def profile_of(
         **origin(executor.model, page_size=planner.cache.page_size, layout=planner.cache.layout),
         ladder=tuple(captured) if ladder is None else tuple(ladder),
         buckets=tuple(buckets),
+        costs=(costs,),
     )
-
-
-def engine_ledger(executor: Executor) -> Ledger:
-    """Where the bytes of the device are."""
-    parts = executor.parts()
-    if not executor.runner.uses_graphs:
-        return ledger(executor.device, parts)
-    captures = executor.runner.captures
-    parts["graph pool"] = sum(capture.pool_bytes for capture in captures)
-    driver_parts = {"graphs": sum(capture.driver_bytes for capture in captures)}
-    return ledger(executor.device, parts, driver_parts=driver_parts)

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
-from ..cache import KVCache
-from ..errors import InvalidArgumentError, OutOfPagesError
+import torch
+
+from ..errors import DeviceMemoryError, InvalidArgumentError, OutOfPagesError
 from ..hf.binding import Binding
 from ..hf.load import max_positions
-from ..memory import pages_that_fit, read_meters
-from ..ops import active_plans
-from ..spec import CacheSpec
-from .step import last_logits
+from ..ledger import Ledger, mib
+from ..memory import pages_that_fit
+from ..spec import AttentionSpec, CacheSpec
+from .forecast import Costs
+
+KV_OOM_MODES = ("raise", "shrink")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheAsk:
+    """How large a cache is asked for: `num_pages`, or else `kv_bytes`, or else a share of what is free; and what to do
+    where memory does not hold it, "raise" or "shrink"."""
+
+    num_pages: int | None
+    kv_bytes: int | None
+    memory_fraction: float
+    on_kv_oom: str
+
+    @property
+    def is_share(self) -> bool:
+        return self.num_pages is None and self.kv_bytes is None
+
+    def budget(self, free: int) -> int:
+        """Bytes of `free` that may be taken, all in all."""
+        part, whole = float(self.memory_fraction).as_integer_ratio()
+        return free * part // whole
 
 
 def length_limit(binding: Binding, max_seq_len: int | None) -> int | None:
@@ -27,79 +49,118 @@ def length_limit(binding: Binding, max_seq_len: int | None) -> int | None:
     return limit if max_seq_len is None else max_seq_len
 
 
-def cache_spec(
-    binding: Binding,
-    *,
-    kv_dtype: torch.dtype | None,
-    page_size: int,
-    layout: str,
-    num_pages: int | None,
-    kv_bytes: int | None,
-    memory_fraction: float,
-    max_batch: int,
-    max_prefill_tokens: int,
-    limit: int | None,
-) -> CacheSpec:
-    """The pages asked for, what `kv_bytes` holds, or a share of what is free beside the activations of a prefill.
+@dataclass(frozen=True, kw_only=True)
+class Sizing:
+    """Arithmetic of one model's cache.
 
-    Args:
-        max_batch, limit: of the free memory no more is taken than so many requests of that length can use.
-        max_prefill_tokens: tokens of the prefill whose activations are measured, on CUDA.
-
-    Raises:
-        InvalidArgumentError: too little for one page beside the null page, or a `kv_dtype` that is not the model's.
+    Attributes:
+        ask: what was asked for.
+        smallest: a cache of 2 pages.
+        spec: of a layer.
+        num_layers: how many.
+        max_pages: more than requests can ever use; None where they have no limit.
     """
-    dtype = binding.model.dtype
-    if kv_dtype not in (None, dtype):
-        raise InvalidArgumentError(
-            f"kv_dtype={kv_dtype}: the model computes in {dtype}, and no backend keeps a cache of any "
-            "other dtype; leave kv_dtype out, or load the model in that dtype"
-        )
-    if num_pages is None:
-        smallest = CacheSpec(num_pages=2, page_size=page_size, dtype=dtype, layout=layout)
-        page_bytes = len(binding.layers) * smallest.page_bytes(binding.spec)
-        if kv_bytes is not None:
-            num_pages = pages_that_fit(page_bytes=page_bytes, kv_bytes=kv_bytes)
-        else:
-            reserve = 0
-            if binding.model.device.type == "cuda":
-                reserve = _activation_bytes(binding, smallest, max_prefill_tokens, max_batch, limit)
-            num_pages = pages_that_fit(
-                page_bytes=page_bytes,
-                free=read_meters(binding.model.device).free,
-                memory_fraction=memory_fraction,
-                reserve=reserve,
+
+    ask: CacheAsk
+    smallest: CacheSpec
+    spec: AttentionSpec
+    num_layers: int
+    max_pages: int | None
+
+    @classmethod
+    def of(
+        cls,
+        binding: Binding,
+        ask: CacheAsk,
+        *,
+        kv_dtype: torch.dtype | None,
+        page_size: int,
+        layout: str,
+        max_batch: int,
+        limit: int | None,
+    ) -> Sizing:
+        """For a bound model, so many requests and so many tokens of each.
+
+        Raises:
+            InvalidArgumentError: a `kv_dtype` that is not the model's.
+        """
+        dtype = binding.model.dtype
+        if kv_dtype not in (None, dtype):
+            raise InvalidArgumentError(
+                f"kv_dtype={kv_dtype}: the model computes in {dtype}, and no backend keeps a cache of any "
+                "other dtype; leave kv_dtype out, or load the model in that dtype"
             )
-            if limit is not None:
-                num_pages = min(num_pages, 1 + max_batch * -(-limit // page_size))
-    return CacheSpec(num_pages=num_pages, page_size=page_size, dtype=dtype, layout=layout)
+        layout = "NHD" if layout == "auto" else layout
+        return cls(
+            ask=ask,
+            smallest=CacheSpec(num_pages=2, page_size=page_size, dtype=dtype, layout=layout),
+            spec=binding.spec,
+            num_layers=len(binding.layers),
+            max_pages=None if limit is None else 1 + max_batch * -(-limit // page_size),
+        )
 
+    @property
+    def page_bytes(self) -> int:
+        """Of a page in all layers."""
+        return self.num_layers * self.smallest.page_bytes(self.spec)
 
-class _Nothing:
-    """A plan under which attention gives zeros, to run a model that has no pages yet."""
+    def is_plenty(self, free: int) -> bool:
+        """Whether all that requests can use is half of what may be taken, or less: what else a start takes will do with
+        the other half, and need not be measured first."""
+        return self.max_pages is not None and 2 * self.max_pages * self.page_bytes <= self.ask.budget(free)
 
-    def __init__(self, page_shape: tuple[int, int, int]):
-        self.page_shape = page_shape
+    def num_pages(self, base: Ledger, costs: Costs | None) -> int:
+        """Pages of the cache.
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rotary=None) -> Tensor:
-        return q.new_zeros(q.shape)
+        Args:
+            base: the ledger before the start.
+            costs: what a start takes beside the cache, if it is known.
 
+        Raises:
+            DeviceMemoryError: the share of what is free holds no 2 pages beside that; says what was asked and there.
+            InvalidArgumentError: `kv_bytes` hold no 2 pages.
+        """
+        ask = self.ask
+        if ask.num_pages is not None:
+            return ask.num_pages
+        if ask.kv_bytes is not None:
+            return pages_that_fit(page_bytes=self.page_bytes, kv_bytes=ask.kv_bytes)
+        pages = self.that_fit(base, costs)
+        if pages < 2:
+            raise DeviceMemoryError(self.shortage(base, costs))
+        return pages
 
-def _activation_bytes(binding: Binding, smallest: CacheSpec, num_tokens: int, num_rows: int, limit: int | None) -> int:
-    """The most that a prefill of `num_tokens` holds at once beside weights and cache, measured, and the logits of
-    `num_rows` decoding rows twice: as computed, and in the buffer that all buckets share."""
-    model = binding.model
-    binding.bind(KVCache(len(binding.layers), binding.spec, smallest, model.device))
-    ids = torch.zeros(num_tokens, dtype=torch.int32, device=model.device)
-    positions = torch.arange(num_tokens, dtype=torch.int32, device=model.device) % (limit or num_tokens)
-    torch.cuda.reset_peak_memory_stats(model.device)
-    before = torch.cuda.memory_allocated(model.device)
-    with torch.no_grad(), active_plans([_Nothing(smallest.page_shape(binding.spec))]):
-        logits_RV = last_logits(model, ids, positions, positions[:num_rows].long())
-    row_bytes, peak = logits_RV[0].nbytes, torch.cuda.max_memory_allocated(model.device) - before
-    del logits_RV
-    torch.cuda.empty_cache()  # or the driver's free memory, read next, would count the activations as taken
-    return peak + 2 * num_rows * row_bytes
+    def that_fit(self, now: Ledger, costs: Costs | None) -> int:
+        """Pages that the share of what is free holds now, 0 where that is fewer than 2."""
+        reserve = 0 if costs is None else costs.num_bytes
+        if now.meters.free is None or self.ask.budget(now.meters.free) - reserve < 2 * self.page_bytes:
+            return 0
+        pages = pages_that_fit(
+            page_bytes=self.page_bytes,
+            free=now.meters.free,
+            memory_fraction=self.ask.memory_fraction,
+            reserve=reserve,
+            num_tensors=2 * self.num_layers if now.meters.source == "driver" else None,
+        )
+        return pages if self.max_pages is None else min(pages, self.max_pages)
+
+    def shortage(self, now: Ledger, costs: Costs | None) -> str:
+        """What was asked, what there is and what to do."""
+        meters, others = now.meters, {line.name: line.bytes for line in now.lines}
+        text = (
+            f"memory_fraction={self.ask.memory_fraction} of {mib(meters.free)} MiB free of {mib(meters.total)} on "
+            f"{now.device} is {mib(self.ask.budget(meters.free))} MiB; "
+        )
+        if costs is not None:
+            text += f"{mib(costs.num_bytes)} MiB of that go to all but the cache ({costs.source}), and "
+        text += f"the rest does not hold 2 pages of {mib(self.page_bytes)} MiB. "
+        for name in ("other processes", "CUDA context and other processes"):
+            if name in others:
+                text += f"By its ledger {mib(others[name])} MiB are of {name}. "
+        return (
+            f"{text}Free memory, raise memory_fraction, or ask for less: a lower max_prefill_tokens, max_batch or "
+            "max_seq_len, fewer buckets"
+        )
 
 
 def check_room(cache: CacheSpec, max_seq_len: int) -> None:

@@ -30,12 +30,15 @@ class ModelStep:
         model: the model, its attention on graphattn's layer.
         compile: compile with Inductor, `fullgraph=True`: once, for any number of tokens, so that it serves prefill too.
         max_batch: rows of the largest decode step.
+
+    Attributes:
         draw: called with the logits `[B, vocabulary]`, the tokens and the positions `[B]`, returns ids `[B]`; never
             compiled.
     """
 
-    def __init__(self, model: nn.Module, *, compile: bool, max_batch: int, draw: Draw = most_likely):
-        self.compile, self._draw = compile, draw
+    def __init__(self, model: nn.Module, *, compile: bool, max_batch: int):
+        self.compile = compile
+        self.draw: Draw = most_likely
         self._graphs: list[int] = []
         self._single = SingleToken(model.device)
         self._forward = _compiled(model, self._graphs, self._single) if compile else _step_of(model)
@@ -55,7 +58,7 @@ class ModelStep:
         """Returns logits `[B, vocabulary]` and the ids drawn `[B]`."""
         all_B = self._all_B[: len(token_ids_B)] if self.compile else None
         logits_BV = self.logits(token_ids_B, positions_B, all_B)
-        return logits_BV, self._draw(logits_BV, token_ids_B, positions_B)
+        return logits_BV, self.draw(logits_BV, token_ids_B, positions_B)
 
     def logits(self, token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor | None) -> Tensor:
         """Logits after tokens `last_R` (int64) of the row, `[R, vocabulary]`; after all for None, if not compiled.
@@ -107,11 +110,6 @@ class SingleToken:
             return inputs
         own = {id(pair): single for pair, single in zip(self._pair, self._inputs, strict=True)}
         return [1 if place in sizes else own.get(id(x), x) for place, x in enumerate(inputs)]
-
-
-def last_logits(model: nn.Module, token_ids_N: Tensor, positions_N: Tensor, last_R: Tensor | None) -> Tensor:
-    """Logits after tokens `last_R` of a packed row, `[R, vocabulary]`; after all of them for None."""
-    return _step_of(model)(token_ids_N, positions_N, last_R)
 
 
 def _step_of(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:

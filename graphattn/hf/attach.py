@@ -161,7 +161,8 @@ class Attachment:
         if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
             raise InvalidArgumentError("output_attentions: attention weights are never formed; ask for none, or detach")
         implementation = self._binding.implementation
-        if implementation != IMPLEMENTATION or self.layers[0].k_cache is not self._pool.cache.layers[0][0]:
+        is_moved = self.layers[0].k_cache.data_ptr() != self._pool.cache.layers[0][0].data_ptr()
+        if implementation != IMPLEMENTATION or is_moved:
             raise InvalidArgumentError(
                 f"the model was moved, cast or set to attn_implementation={implementation!r} after attach: detach, do "
                 "that, then attach again"

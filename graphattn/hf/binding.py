@@ -110,6 +110,11 @@ class Binding:
         for layer, pages in zip(self.layers, cache.layers, strict=True):
             layer.bind(*pages)
 
+    def unbind(self) -> None:
+        """Has every layer let go of its pages."""
+        for layer in self.layers:
+            layer.unbind()
+
     @property
     def implementation(self) -> str:
         """The attention implementation that the model runs under now."""

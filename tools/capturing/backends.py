@@ -41,9 +41,9 @@ def measure_each(
         how: what else `measure` takes.
 
     Returns:
-        A dict of each engine: `backend`, and `start_s` and `explain` or the `reason` that it was left out. A dict of
-        each bucket: `bucket`, `spans`, who serves it, and `backends`, a dict of each as `measure` gives it, its steps
-        with `serves` besides. The profile.
+        A dict of each engine: `backend`, and `start_s`, `explain` and `ledger`, as it was before steps were timed, or
+        the `reason` that it was left out. A dict of each bucket: `bucket`, `spans`, who serves it, and `backends`, a
+        dict of each as `measure` gives it, its steps with `serves` besides. The profile.
 
     Raises:
         BackendError: a backend cannot serve the model.
@@ -58,8 +58,11 @@ def measure_each(
             engines.append({"backend": name, "reason": str(error)})
             continue
         with llm:
+            book = llm.ledger()
+            bars.console.print(str(book), soft_wrap=True)
             found.append(measure(llm, bars=bars, **how))
-            engines.append({"backend": name, "start_s": seconds, "explain": llm.explain().splitlines()})
+            explained = llm.explain().splitlines()
+            engines.append({"backend": name, "start_s": seconds, "explain": explained, "ledger": book.to_json()})
         del llm
         gc.collect()  # the next engine sizes its pages by what is free
         if torch.cuda.is_available():

@@ -37,7 +37,9 @@ def start(
     sizes, bar = sorted(ladder, reverse=True), bars.add_task(f"{backend}: loading", total=len(ladder))
 
     def show(stage: str, done: int, total: int) -> None:
-        if stage == "capture" or done == total:
+        if stage == "measure":
+            bars.update(bar, description=f"{backend}: a first capture, {done} of {total} buckets", completed=done)
+        elif stage == "capture" or done == total:
             done = done if stage == "capture" else 0
             said = f"capturing bucket {sizes[done]}" if done < len(sizes) else f"captured {len(sizes)} buckets"
             bars.update(bar, description=f"{backend}: {said}", completed=done)
@@ -98,6 +100,7 @@ def measure(
                 "capture_s": captured[bucket].capture_seconds,
                 "pool_bytes": captured[bucket].pool_bytes,
                 "driver_bytes": captured[bucket].driver_bytes,
+                "nvml_bytes": captured[bucket].nvml_bytes,
                 "steps": steps,
             }
         )

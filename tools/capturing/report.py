@@ -6,24 +6,22 @@ from rich.table import Table
 
 from capturing.backends import captured, serving
 
+SHARED = ("logits", "step buffers", "workspaces", "activations and cache")  # lines of the ledger that all buckets share
+
 
 def bucket_table(document: dict) -> Table:
-    """A line per bucket, backend and context."""
+    """A line per bucket, backend and context, and one per engine for what all buckets share."""
     measured = [each for row in document["buckets"] for each in row["backends"]]
     has_eager = any(step.get("eager_ms") for each in measured for step in each["steps"])
     has_trace = document["trace"] is not None
-    head = ["bucket", "backend", "capture s", "pool MiB", "driver MiB", "context", "step ms p20", "p50", "p80"]
-    head += [*(["eager p50"] if has_eager else []), "bytes / copy rate, ms", "serves"]
+    head = ["bucket", "backend", "capture s", "pool MiB", "driver MiB", "NVML MiB", "context", "step ms p20", "p50"]
+    head += ["p80", *(["eager p50"] if has_eager else []), "bytes / copy rate, ms", "serves"]
     table = Table(*head, *(["padding it saves"] if has_trace else []), title="What each bucket takes")
     for row in document["buckets"]:
         bucket, saved = str(row["bucket"]), [_share(row["waste_saved"])] if has_trace else []
         for each in row["backends"]:
-            capture = [
-                each["backend"],
-                f"{each['capture_s']:.2f}",
-                _mib(each["pool_bytes"]),
-                _mib(each["driver_bytes"]),
-            ]
+            sizes = [_mib(each[name]) for name in ("pool_bytes", "driver_bytes", "nvml_bytes")]
+            capture = [each["backend"], f"{each['capture_s']:.2f}", *sizes]
             for step in each["steps"]:
                 if "reason" in step:
                     figures = ["does not fit", "-", "-", *(["-"] if has_eager else []), "-", "-"]
@@ -34,6 +32,13 @@ def bucket_table(document: dict) -> Table:
                 table.add_row(bucket, *capture, str(step["context"]), *figures, *saved)
                 bucket, capture, saved = "", [""] * len(capture), [""] * len(saved)
         table.add_section()
+    captions = []
+    for engine in (each for each in document["engines"] if "ledger" in each):
+        shared = {line["name"]: line["bytes"] for line in engine["ledger"]["lines"] if line["name"] in SHARED}
+        table.add_row("shared", engine["backend"], "", _mib(sum(shared.values())))
+        said = ", ".join(f"{name} {_mib(size)} MiB" for name, size in shared.items())
+        captions.append(f"shared by all buckets with {engine['backend']}: {said}")
+    table.caption = "\n".join(captions)
     return table
 
 

@@ -1,0 +1,92 @@
+"""One step captured in a CUDA graph, and what that took by every meter."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .errors import CaptureError
+from .meters import Meters, Pool, pool_name, read_meters
+
+# torch.cuda.graph empties the allocator's cache, which another thread's capture forbids.
+_CAPTURING = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """What one bucket's capture with one backend took.
+
+    Attributes:
+        bucket: rows.
+        backend: who attends in it.
+        seconds: planning, warm-up (with compilation, if the step compiles) and capture.
+        pool_bytes: what the graph added to torch's private pool; 0 without CUDA graphs.
+        driver_bytes: by how much the driver's free memory shrank beyond that.
+        nvml_bytes: by how much this process grew by NVML, the pool's growth included; None where NVML hides it.
+
+    A bucket that was captured anew with the same backend counts all of its captures.
+    """
+
+    bucket: int
+    backend: str
+    seconds: float
+    pool_bytes: int = 0
+    driver_bytes: int = 0
+    nvml_bytes: int | None = None
+
+    def after(self, earlier: Capture) -> Capture:
+        """Both captures of a bucket with a backend together."""
+        known = None not in (self.nvml_bytes, earlier.nvml_bytes)
+        return Capture(
+            bucket=self.bucket,
+            backend=self.backend,
+            seconds=self.seconds + earlier.seconds,
+            pool_bytes=self.pool_bytes + earlier.pool_bytes,
+            driver_bytes=self.driver_bytes + earlier.driver_bytes,
+            nvml_bytes=self.nvml_bytes + earlier.nvml_bytes if known else None,
+        )
+
+
+def capture_graph(
+    step: Callable[[], None], *, bucket: int, pool: tuple[int, int], stream: torch.cuda.Stream, device: torch.device
+) -> tuple[torch.cuda.CUDAGraph, dict[str, int | None]]:
+    """Captures one call of `step`, which has run on the stream before; returns the graph and the bytes it took.
+
+    Raises:
+        CaptureError: it waits for the device, or memory does not hold the graph.
+    """
+    torch.cuda.synchronize(device)
+    with _CAPTURING:
+        # cuBLAS's workspace must come from the graph's pool: one from outside may be freed, and not by us
+        # (torch/_inductor/cudagraph_trees.py clears them too, for every stream).
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        before = read_meters(device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                step()
+        except Exception as error:
+            raise CaptureError(
+                f"the step at bucket {bucket} runs but cannot be captured ({type(error).__name__}: {error}): it must "
+                "not wait for the device (.item(), .cpu(), printing a tensor), or pass enforce_eager=True"
+            ) from error
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
+        return graph, taken(before, read_meters(device), pool)
+
+
+def taken(before: Meters, after: Meters, pool: tuple[int, int]) -> dict[str, int | None]:
+    """Bytes of a capture between two readings, as `Capture` has them; what shrank meanwhile counts as 0."""
+    none, name = Pool(reserved=0, allocated=0), pool_name(pool)
+    was, now = (meters.private_pools.get(name, none).reserved for meters in (before, after))
+    free = None if None in (before.free, after.free) else before.free - after.free
+    grown = None if None in (before.nvml_process, after.nvml_process) else after.nvml_process - before.nvml_process
+    return {
+        "pool_bytes": max(now - was, 0),
+        "driver_bytes": 0 if free is None else max(free - (after.torch_reserved - before.torch_reserved), 0),
+        "nvml_bytes": None if grown is None else max(grown, 0),
+    }

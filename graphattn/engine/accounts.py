@@ -1,0 +1,58 @@
+"""Where an engine's bytes are, and what its start added."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..ledger import CACHE, Ledger, ledger
+from ..meters import Meters
+
+if TYPE_CHECKING:
+    from .executor import Executor
+
+KERNELS, WORKSPACES = "compiled kernels", "workspaces"
+# Lines that a start adds to, beside the cache.
+GROWING = (WORKSPACES, "step buffers", "logits", "graph pool", "graphs", KERNELS, CACHE, "other torch")
+
+
+def engine_ledger(executor: Executor) -> Ledger:
+    """Where the bytes of the device are, beside what the start was to take."""
+    runner, forecast = executor.runner, executor.forecast
+    options: dict = {}
+    if _has_driver(executor):
+        options["pools"] = {} if runner.pool is None else {"graph pool": runner.pool}
+        graphs = sum(capture.driver_bytes for capture in runner.captures)
+        options["driver_parts"] = {"graphs": graphs, KERNELS: executor.kernel_bytes}
+    if forecast is not None:
+        options |= {"predicted": forecast.lines, "predicted_free": forecast.free}
+    return ledger(executor.device, executor.parts(), **options)
+
+
+def _has_driver(executor: Executor) -> bool:
+    return executor.device.type == "cuda"
+
+
+def base_ledger(executor: Executor) -> Ledger:
+    """The same before anything but the weights is there."""
+    return ledger(executor.device, {"weights": executor.weight_bytes})
+
+
+def growth(executor: Executor, base: Ledger) -> dict[str, int]:
+    """Bytes that the start added to each line, cache aside; keeps what kernels took of that."""
+    executor.kernel_bytes = 0
+    book = engine_ledger(executor)
+    now, before = ({line.name: line.bytes for line in each.lines} for each in (book, base))
+    if KERNELS in now:
+        now[KERNELS] = executor.kernel_bytes = max(0, outside_growth(base.meters, book.meters) - now["graphs"])
+    return {name: now[name] - before.get(name, 0) for name in GROWING if name in now}
+
+
+def outside_growth(before: Meters, after: Meters) -> int:
+    """By how much the device's memory outside torch grew: by NVML's figures for this process, or else the driver's."""
+    if None not in (before.nvml_process, after.nvml_process):
+        held = [meters.nvml_process for meters in (before, after)]
+    elif None not in (before.free, after.free):
+        held = [-meters.free for meters in (before, after)]
+    else:
+        return 0
+    return held[1] - after.torch_reserved - (held[0] - before.torch_reserved)

@@ -1,0 +1,42 @@
+"""A cache's first page leads to all of them, however they lie in their storage."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphattn import AttentionSpec, CacheSpec, KVCache
+from graphattn.cache import all_pages, first_page
+
+
+@given(
+    pages=st.integers(2, 9),
+    page=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5)),
+    layers=st.integers(1, 3),
+    which=st.sampled_from(["own", "stacked", "interleaved", "transposed"]),
+)
+def test_the_first_page_leads_to_all(pages: int, page: tuple[int, int, int], layers: int, which: str) -> None:
+    caches = {
+        "own": [torch.zeros(pages, *page) for _ in range(layers)],
+        "stacked": list(torch.zeros(layers, pages, *page)),
+        "interleaved": list(torch.zeros(pages, layers, *page).unbind(1)),
+        "transposed": [torch.zeros(pages, page[1], page[0], page[2]).transpose(1, 2) for _ in range(layers)],
+    }[which]
+    for index, cache in enumerate(caches):
+        held = first_page(cache)
+        assert held.shape == (1, *page) and held.data_ptr() == cache.data_ptr()
+        found = all_pages(held)
+        assert found.stride() == cache.stride() and len(found) >= pages
+        assert which == "stacked" or len(found) == pages, "a stack's later layers lie behind it"
+        found[pages - 1] = index + 1.0
+        assert (cache[pages - 1] == index + 1.0).all() and (cache[: pages - 1] == 0).all()
+        assert torch.equal(all_pages(found), found)
+    assert [cache[pages - 1].unique().tolist() for cache in caches] == [[index + 1.0] for index in range(layers)]
+
+
+def test_a_cache_is_given_back_with_its_last_holder() -> None:
+    cache = KVCache(1, AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=4), CacheSpec(num_pages=3), "cpu")
+    held = first_page(cache.layers[0][0])
+    assert held.untyped_storage().data_ptr() == cache.layers[0][0].untyped_storage().data_ptr()
+    assert held._base is None, "a view would have Dynamo look at what it is a view of"

@@ -85,7 +85,7 @@ def test_forecasts_hold_and_the_margin_is_left(options: dict) -> None:
         left = torch.cuda.mem_get_info()[0]
         assert left >= 0.2 * free - 8 * MIB
         assert options.get("capture") == "lazy" or left < 0.2 * free + 0.02 * free
-        assert llm._executor.step.num_compiles == (2 if options["compile"] else 0)
+        assert llm._executor.step.num_compiles == (1 if options["compile"] else 0)
         outputs = llm.generate([[row % 100 + 1] * 300 for row in range(64)], GREEDY)
         assert len(outputs) == 64
         assert torch.cuda.mem_get_info()[0] >= 0.2 * free - 0.02 * free

@@ -201,7 +201,7 @@ def test_a_compiled_step_serves_caches_of_any_size() -> None:
         runs = [list(steps(step, state, planner, PagePool(num_pages), (4, 2, 1))) for step in (plain, compiled)]
         for (expected, _), (logits, _) in zip(*runs, strict=True):
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    assert compiled.num_compiles == 2
+    assert compiled.num_compiles == 1
 
 
 def test_compiled_models_do_not_share_dynamos_limit_and_go_when_dropped(monkeypatch) -> None:

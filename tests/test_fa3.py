@@ -68,11 +68,12 @@ def test_the_bytes_of_a_plan(counts: list[int], head_dim: int, num_heads: int, t
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch):
     """A Hopper GPU as torch sees one, FlashInfer's module prebuilt; the dict says otherwise."""
-    machine = {"capability": (9, 0), "lacks": None}
+    machine = {"capability": (9, 0), "lacks": None, "compiled": True}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: machine["capability"])
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     private = ModuleType("private")
     private.why_no_fa3 = lambda spec, cache: machine["lacks"]
+    private.has_fa3 = lambda spec, cache: machine["compiled"]
     monkeypatch.setitem(sys.modules, f"{package.__name__}.private", private)
     monkeypatch.setattr(package, "private", private, raising=False)
     return machine
@@ -88,6 +89,13 @@ def test_the_choice_on_a_hopper_gpu(hopper: dict) -> None:
     assert kernels("auto", max_tokens=528)[0] == ("fa2", "fa3")
     names, why = kernels("auto", max_tokens=527)
     assert names == ("fa2",) and why == "it is for batches of 528 tokens and more, and the largest has 527"
+
+
+def test_auto_waits_for_no_compilation(hopper: dict) -> None:
+    hopper["compiled"] = False
+    names, why = kernels("auto")
+    assert names == ("fa2",) and why.startswith("its module is not compiled yet; prefill='fa3' compiles it")
+    assert kernels("fa3") == (("fa3",), None)
 
 
 @pytest.mark.parametrize(
@@ -129,15 +137,12 @@ def test_the_reference_has_no_such_kernels() -> None:
 
 def skip_unless_ready(spec: AttentionSpec, cache: CacheSpec) -> None:
     """Skips where fa3 is not served, and where its module would have to be compiled first, which takes minutes."""
-    from flashinfer.jit import gen_batch_prefill_module
-
     from graphattn.backends.flashinfer import private
 
     if reason := fa3.why_not(spec, cache, torch.device("cuda")):
         pytest.skip(f"fa3: {reason}")
-    module = gen_batch_prefill_module("fa3", *private._key(spec, cache))
-    if not (module.is_aot or module.is_compiled):
-        pytest.skip(f"fa3's module is neither prebuilt nor compiled: {module.name}")
+    if not private.has_fa3(spec, cache):
+        pytest.skip(f"fa3's module is neither prebuilt nor compiled for {spec}, {cache.dtype}")
 
 
 HEADS = {"one each": (2, 2), "group 2": (4, 2), "group 7": (7, 1)}

@@ -69,7 +69,7 @@ class LLM:
             `tools/capture.py` chooses buckets for.
         max_prefill_tokens: prompt tokens computed in one step; longer prompts are prefilled in chunks.
         prefill: FlashInfer's kernels for it: "fa2", "fa3", or "auto", which is fa3 for batches large enough on a Hopper
-            GPU. What is not prebuilt is compiled at the first start, fa3 for minutes.
+            GPU once its module is there: "fa3" compiles it, in a minute or more.
         prefix_cache: share full pages between requests that begin alike.
         progress: called as `progress(stage, done, total)` while loading ("load"), in a first capture that
             only measures ("measure", where the cache is sized by what is left) and capturing ("capture").

@@ -37,7 +37,7 @@ def kernels_for(
     """Which prefill kernels serve a layer group, and why fa3 does not; None where it does or nobody asked.
 
     Args:
-        asked: "auto", "fa2" or "fa3".
+        asked: "auto", "fa2" or "fa3"; "auto" waits for no compilation of fa3.
         max_tokens: query tokens of the largest batch; "auto" leaves fa3 out if it is for larger ones only.
 
     Raises:
@@ -51,7 +51,15 @@ def kernels_for(
     reason = why_not(spec, cache, device)
     if asked == "fa3" and reason is not None:
         raise BackendError(f"prefill='fa3' cannot serve {spec} on {device}: {reason}; 'auto' and 'fa2' do without it")
-    return ("fa3",) if asked == "fa3" else ("fa2",) if reason is not None else ("fa2", "fa3"), reason
+    if asked == "fa3":
+        return ("fa3",), None
+    if reason is None:
+        from . import private
+
+        if private.has_fa3(spec, cache):
+            return ("fa2", "fa3"), None
+        reason = "its module is not compiled yet; prefill='fa3' compiles it, once, in a minute or more"
+    return ("fa2",), reason
 
 
 def least_tokens(spec: AttentionSpec, num_processors: int) -> int:

@@ -52,6 +52,12 @@ def why_no_fa3(spec: AttentionSpec, cache: CacheSpec) -> str | None:
     return f"its module is not prebuilt and cannot be compiled: {', '.join(lacks)}" if lacks else None
 
 
+def has_fa3(spec: AttentionSpec, cache: CacheSpec) -> bool:
+    """Whether the module of the fa3 prefill is prebuilt or was compiled before."""
+    module = gen_batch_prefill_module("fa3", *_key(spec, cache))
+    return module.is_aot or module.is_compiled
+
+
 def load(kernel: str, spec: AttentionSpec, cache: CacheSpec) -> float:
     """Loads the module of a prefill kernel, compiling it if need be; returns the seconds that this took.
 

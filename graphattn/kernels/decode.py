@@ -52,15 +52,15 @@ def _cap(scores, softcap):
 
 
 @gluon.jit
-def _fetch(keys, values, k_cache, v_cache, page_SN1, at_SN1, end, strides, d_11D, PAGE: gl.constexpr):
+def _fetch(keys, values, stage, caches, page_SN1, at_SN1, end, d_11D, PAGE: gl.constexpr):
     """Starts copying a block's keys, then its values; zeros from `end` on."""
-    stride_page, stride_slot, head_at = strides
+    k_cache, v_cache, stride_page, stride_slot, head_at = caches
     page_SN1 = gl.convert_layout(page_SN1, at_SN1.type.layout).to(gl.int64)
     slot_SN1 = page_SN1 * stride_page + (at_SN1 % PAGE) * stride_slot + head_at
     inside = (at_SN1 < end) & (d_11D >= 0)
-    async_copy.async_copy_global_to_shared(keys, k_cache + slot_SN1 + d_11D, mask=inside)
+    async_copy.async_copy_global_to_shared(keys.index(stage), k_cache + slot_SN1 + d_11D, mask=inside)
     async_copy.commit_group()
-    async_copy.async_copy_global_to_shared(values, v_cache + slot_SN1 + d_11D, mask=inside)
+    async_copy.async_copy_global_to_shared(values.index(stage), v_cache + slot_SN1 + d_11D, mask=inside)
     async_copy.commit_group()
 
 
@@ -195,7 +195,7 @@ def decode_kernel(
             dtype, [STAGES, WARPS, TOKENS, DIM], gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
         )
         values = gl.allocate_shared_memory(dtype, [STAGES, WARPS, TOKENS, DIM], keys.layout)
-        strides = (stride_page, stride_slot, head * stride_head)
+        caches = (k_cache, v_cache, stride_page, stride_slot, head * stride_head)
         own_SN1 = along(0, WARPS, 0, copied) * TOKENS + along(0, TOKENS, 1, copied)
         own_page_SN1 = along(0, WARPS, 0, paged) * TOKENS + along(0, TOKENS, 1, paged)
         d_11D = along(0, DIM, 2, copied)
@@ -205,18 +205,7 @@ def decode_kernel(
             start = begin + stage * BLOCK
             next_at = start + BLOCK + own_page_SN1
             next_page_SN1 = gl.load(table + next_at // PAGE, mask=next_at < end, other=0)
-            _fetch(
-                keys.index(stage),
-                values.index(stage),
-                k_cache,
-                v_cache,
-                page_SN1,
-                start + own_SN1,
-                end,
-                strides,
-                d_11D,
-                PAGE,
-            )
+            _fetch(keys, values, stage, caches, page_SN1, start + own_SN1, end, d_11D, PAGE)
             page_SN1 = next_page_SN1
         d_1L = gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, heads)), 0)
         g_G1 = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, heads)), 1)
@@ -283,18 +272,7 @@ def decode_kernel(
             following = start + STAGES * BLOCK
             next_at = following + BLOCK + own_page_SN1
             next_page_SN1 = gl.load(table + next_at // PAGE, mask=next_at < end, other=0)
-            _fetch(
-                keys.index(stage),
-                values.index(stage),
-                k_cache,
-                v_cache,
-                page_SN1,
-                following + own_SN1,
-                end,
-                strides,
-                d_11D,
-                PAGE,
-            )
+            _fetch(keys, values, stage, caches, page_SN1, following + own_SN1, end, d_11D, PAGE)
             page_SN1 = next_page_SN1
             stage = (stage + 1) % STAGES
 

@@ -22,7 +22,10 @@ def first_page(pages: Tensor) -> Tensor:
 
 
 def all_pages(page: Tensor) -> Tensor:
-    """The cache that a first page belongs to: every page that lies in its storage from there on."""
+    """The cache that a first page belongs to: every page that lies in its storage from there on.
+
+    Of caches that share a storage that is more than the cache has; page tables are checked against `CacheSpec`.
+    """
     _, rows, columns, width = page.shape  # spelt out: eager steps do this for every layer
     stride = page.stride()
     extent = 1 + (rows - 1) * stride[1] + (columns - 1) * stride[2] + (width - 1) * stride[3]

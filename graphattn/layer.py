@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops  # noqa: F401  registers torch.ops.graphattn
-from .cache import first_page
+from .cache import all_pages, first_page
 from .errors import InvalidArgumentError
 from .rope import Rotary
 from .spec import AttentionSpec
@@ -78,7 +78,19 @@ class Attention(nn.Module):
             raise InvalidArgumentError(
                 f"k_cache is {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}: make them equal"
             )
+        if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
+            raise InvalidArgumentError(
+                f"k_cache has strides {k_cache.stride()}, v_cache {v_cache.stride()}: make them equal, the last one 1"
+            )
         self.k_cache, self.v_cache = first_page(k_cache), first_page(v_cache)
+
+    def _apply(self, fn, recurse: bool = True) -> Attention:
+        """What moves or casts a module moves all of its pages; torch would take the first for all there are."""
+        pages = [all_pages(page) for page in (self.k_cache, self.v_cache) if page.dim() == 4]
+        super()._apply(fn, recurse)
+        if pages:
+            self.bind(*map(fn, pages))
+        return self
 
     def unbind(self) -> None:
         """Lets go of its pages."""

@@ -93,6 +93,8 @@ def _linear(
     if _is_ours(x, weight):
         from .kernels.linear import linear
 
+        if norm is not None and x.dtype == torch.float16 and x.shape[:-1].numel() > 1:
+            x, norm = F.rms_norm(x, norm.shape, norm, eps), None  # x * norm, not yet scaled, may exceed float16
         return linear(x, weight, bias, norm_K=norm, eps=eps, gated=gated, residual=residual)
     if norm is not None:
         x = F.rms_norm(x, norm.shape, norm, eps)

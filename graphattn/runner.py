@@ -216,8 +216,6 @@ class DecodeRunner:
         """
         replayed = self.run(token_ids, seq_lens, tables)
         replayed = [output.clone() for output in (replayed if isinstance(replayed, tuple) else (replayed,))]
-        bucket = self.ladder.pick(len(token_ids))
-        self.state.stage(bucket, token_ids, seq_lens, tables, num_pages=self.planner.cache.num_pages)
         bucket, prepared = self._ready(len(token_ids), seq_lens)
         self.state.stage(bucket, token_ids, seq_lens, tables, num_pages=self.planner.cache.num_pages)
         self._call(prepared)
@@ -327,10 +325,12 @@ class DecodeRunner:
         current = torch.cuda.current_stream(device)
         with self._rehearsal(bucket):
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                for _ in range(2):
-                    self._call(prepared)
-            current.wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    for _ in range(2):
+                        self._call(prepared)
+            finally:
+                current.wait_stream(self._stream)  # what was launched writes buffers that the next step reads
         graph, bytes_taken = capture_graph(
             lambda: self._call(prepared), bucket=bucket, pool=self.pool, stream=self._stream, device=device
         )

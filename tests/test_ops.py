@@ -11,6 +11,7 @@ from tiny import tiny
 from torch import nn
 
 from graphattn import Attention, KVCache, PagePool
+from graphattn.cache import all_pages
 from graphattn.engine.step import ModelStep
 from graphattn.errors import InvalidArgumentError, NoActivePlanError
 from graphattn.hf.binding import Binding
@@ -227,3 +228,14 @@ def test_compiled_models_do_not_share_dynamos_limit_and_go_when_dropped(monkeypa
         del binding, step
         gc.collect()
     assert sum(model() is not None for model in alive) <= 1
+
+
+def test_a_layer_that_is_cast_keeps_all_its_pages() -> None:
+    layer = Attention(2, 64)
+    layer.bind(torch.zeros(64, 16, 2, 64), torch.zeros(64, 16, 2, 64))
+    layer.bfloat16()
+    assert (
+        layer.k_cache.dtype == torch.bfloat16 and len(all_pages(layer.k_cache)) == len(all_pages(layer.v_cache)) == 64
+    )
+    with pytest.raises(InvalidArgumentError, match="strides"):
+        layer.bind(torch.zeros(8, 16, 2, 64), torch.zeros(8, 2, 16, 64).transpose(1, 2))

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..errors import InvalidArgumentError
 from .chain import follow, is_chained
 
 MAX_ROWS = 32
@@ -70,6 +71,8 @@ def linear(
     num_out, num_in = weight_NK.shape
     num_out = num_out // 2 if gated else num_out
     x_MK, residual_MN = _rows(x), None if residual is None else _rows(residual)
+    if len(x_MK) > MAX_ROWS:
+        raise InvalidArgumentError(f"{len(x_MK)} rows: this linear takes {MAX_ROWS} at most")
     out = torch.empty((*x.shape[:-1], num_out), dtype=x.dtype, device=x.device)
     kernel, blocks = _launch(len(x_MK), num_out, num_in, gated)
     chained = is_chained(x.device)

@@ -41,6 +41,9 @@ class FusedBackend:
             reasons.append(f"head_dim {spec.head_dim}: its decode kernel is for {', '.join(map(str, HEAD_DIMS))}")
         if find_spec("triton") is None or find_spec("triton.experimental.gluon") is None:
             reasons.append("its decode kernel is written in Gluon, which Triton has from 3.6")
+        is_there = device.type == "cuda" and torch.cuda.is_available()
+        if is_there and torch.cuda.get_device_capability(device) < (8, 0):
+            reasons.append("its decode kernel copies asynchronously, which takes compute capability 8.0")
         if spec.group_size > MAX_GROUP_SIZE:
             reasons.append(f"{spec.group_size} query heads share a kv head: its decode kernel takes {MAX_GROUP_SIZE}")
         return reasons

@@ -5,7 +5,6 @@ Suffix letters: N tokens (one a row), H query heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..kernels import has_gluon
 from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
@@ -39,7 +39,7 @@ class FusedBackend:
         reasons = [f"its prefill: {reason}" for reason in FlashInferBackend.rejections(spec, cache, device)]
         if spec.head_dim not in HEAD_DIMS:
             reasons.append(f"head_dim {spec.head_dim}: its decode kernel is for {', '.join(map(str, HEAD_DIMS))}")
-        if find_spec("triton") is None or find_spec("triton.experimental.gluon") is None:
+        if not has_gluon():
             reasons.append("its decode kernel is written in Gluon, which Triton has from 3.6")
         is_there = device.type == "cuda" and torch.cuda.is_available()
         if is_there and torch.cuda.get_device_capability(device) < (8, 0):

@@ -15,12 +15,11 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
-from triton.language.extra import cuda
 
-from . import rotate
+from . import chain, rotate
 from .axes import along
 
-cos_sin, rotated = gluon.jit(rotate.cos_sin.fn), gluon.jit(rotate.rotated.fn)
+follow, cos_sin, rotated = (gluon.jit(each.fn) for each in (chain.follow, rotate.cos_sin, rotate.rotated))
 TOKENS = gl.constexpr(16)  # N
 _NONE = gl.constexpr(-1e30)  # a maximum over nothing; infinity less itself would be nan
 
@@ -212,8 +211,7 @@ def decode_kernel(
         if HAS_ROTARY:
             inv_freq_1L = gl.load(inv_freq + d_1L)
         if CHAINED:
-            cuda.gdc_wait()
-            cuda.gdc_launch_dependents()
+            follow()
 
         q_at = q + row * stride_q + (head * GROUP + g_G1) * DIM + d_1L
         is_head = (g_G1 < GROUP) & (d_1L < HALF)

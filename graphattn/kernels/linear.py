@@ -7,14 +7,13 @@ Suffix letters: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
+from . import has_gluon
 from .chain import follow, is_chained
 
 MAX_ROWS = 32
@@ -30,7 +29,7 @@ def suits(weight_NK: Tensor) -> bool:
     num_out, num_in = weight_NK.shape
     return (
         is_chained(weight_NK.device)
-        and find_spec("triton.experimental.gluon") is not None
+        and has_gluon()
         and weight_NK.dtype in DTYPES
         and weight_NK.is_contiguous()
         and num_out % 32 == 0
@@ -178,19 +177,12 @@ def _one_row(
     if norm is not None:
         scale = tl.rsqrt(tl.sum(square_K, 0) / IN + eps)
         result_N, up_N = result_N * scale, up_N * scale
-    result_N = _finish(result_N, up_N, bias, residual, n, n, n < OUT, OUT, GATED)
-    tl.store(out + n, result_N.to(out.dtype.element_ty))
-
-
-@triton.jit
-def _finish(result, up, bias, residual, n, residual_at, mask, OUT: tl.constexpr, GATED: tl.constexpr):
-    """Bias, gate and residual, in float32."""
     if bias is not None:
-        result += tl.load(bias + n).to(tl.float32)
+        result_N += tl.load(bias + n).to(tl.float32)
         if GATED:
-            up += tl.load(bias + OUT + n).to(tl.float32)
+            up_N += tl.load(bias + OUT + n).to(tl.float32)
     if GATED:
-        result = result * tl.sigmoid(result) * up
+        result_N = result_N * tl.sigmoid(result_N) * up_N
     if residual is not None:
-        result += tl.load(residual + residual_at, mask=mask, other=0.0).to(tl.float32)
-    return result
+        result_N += tl.load(residual + n).to(tl.float32)
+    tl.store(out + n, result_N.to(out.dtype.element_ty))

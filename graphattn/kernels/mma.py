@@ -12,9 +12,11 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.language.extra import cuda
 
+from . import chain
 from .axes import along
+
+follow = gluon.jit(chain.follow.fn)
 
 
 @gluon.jit
@@ -56,8 +58,7 @@ def few_rows(
         if GATED:
             ups = ups + (gl.load(weight_SKN + OUT * IN + block * BLOCK_IN),)
     if CHAINED:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+        follow()
 
     s, k = along(0, WARPS, 0, lhs) * PART, along(0, BLOCK_IN, 2, lhs)
     m = along(0, ROWS, 1, lhs)

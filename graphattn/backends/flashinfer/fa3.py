@@ -49,10 +49,10 @@ def kernels_for(
     if asked == "auto" and max_tokens < least:
         return ("fa2",), f"it is for batches of {least} tokens and more, and the largest has {max_tokens}"
     reason = why_not(spec, cache, device)
-    if asked == "fa3" and reason is not None:
-        raise BackendError(f"prefill='fa3' cannot serve {spec} on {device}: {reason}; 'auto' and 'fa2' do without it")
     if asked == "fa3":
-        return ("fa3",), None
+        if reason is None:
+            return ("fa3",), None
+        raise BackendError(f"prefill='fa3' cannot serve {spec} on {device}: {reason}; 'auto' and 'fa2' do without it")
     if reason is None:
         from . import private
 

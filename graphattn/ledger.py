@@ -45,6 +45,10 @@ class Ledger:
     notes: tuple[str, ...] = ()
     predicted_free: int | None = None
 
+    def size_of(self, name: str) -> int:
+        """Bytes of a line; 0 for one that is not there."""
+        return sum(line.bytes for line in self.lines if line.name == name)
+
     def rows(self) -> list[dict[str, Any]]:
         """One dict per line: name, bytes, meter, predicted."""
         return [asdict(line) for line in self.lines]

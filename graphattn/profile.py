@@ -87,7 +87,7 @@ class StartCosts:
         backends: who attended at some bucket.
         settings: what that depends on beside the model, the device and the ladder; a start with others measures anew.
         max_seq_len: tokens that requests could reach; a start for fewer takes no more.
-        growth: bytes by line of the ledger.
+        growth: bytes by line of the ledger; of "activations and cache" those there were in the end.
     """
 
     backends: tuple[str, ...]

@@ -195,5 +195,5 @@ def test_auto_takes_it_for_large_batches_and_grows_its_plans() -> None:
         with active_plans([plan]):
             ours = torch.ops.graphattn.attend(*rows.packed, *rows.cache.layers[0], 0)
         assert_close(ours, rows.attend(torch.bfloat16), rows.attend(torch.float32), floor=1e-3)
-    assert plan.counts == {"fa3": 3, "fa2": 3}
-    assert "fa3 (3 batches) from" in plan.about and "else fa2 (3 batches); its module was ready in" in plan.about
+    assert plan.counts == {"fa3": 4, "fa2": 2}
+    assert "fa3 (4 batches) from" in plan.about and "else fa2 (2 batches); its module was ready in" in plan.about

@@ -59,7 +59,7 @@ def other_process(share: float) -> Iterator[None]:
 def wide(**config):
     """Requests of it can use far more pages than any device holds, so memory is what limits."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
-    options = {"num_layers": 8, "head_dim": 128, "max_position_embeddings": 32768, "vocab_size": 32000}
+    options = {"num_layers": 8, "head_dim": 128, "max_position_embeddings": 1 << 18, "vocab_size": 32000}
     return small("qwen3", **(sizes | options | config))
 
 
@@ -76,6 +76,8 @@ def told(llm: LLM, *, but: tuple[str, ...] = ()) -> None:
 def test_forecasts_hold_and_the_margin_is_left(options: dict) -> None:
     torch._dynamo.reset()
     model = wide()
+    with LLM(model, max_batch=1, num_pages=2, enforce_eager=True):
+        pass  # libraries are loaded
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
     options = {"compile": False} | options
@@ -92,11 +94,12 @@ def test_forecasts_hold_and_the_margin_is_left(options: dict) -> None:
 
 
 def test_a_start_from_a_profile_captures_once_and_its_forecast_holds(tmp_path: Path) -> None:
-    with LLM(wide(), max_batch=64, memory_fraction=0.8, compile=False) as llm:
+    model = wide()
+    with LLM(model, max_batch=64, memory_fraction=0.8, compile=False) as llm:
         llm.profile().save(tmp_path / "profile")
     seen = []
     options = {"capture_profile": tmp_path / "profile", "compile": False, "progress": lambda *args: seen.append(args)}
-    with LLM(wide(), max_batch=64, memory_fraction=0.8, **options) as llm:
+    with LLM(model, max_batch=64, memory_fraction=0.8, **options) as llm:
         assert "as the capture profile has it" in llm.explain()
         assert not [stage for stage, _, _ in seen if stage == "measure"]
         told(llm, but=("compiled kernels",))  # they are loaded by now

@@ -137,13 +137,14 @@ def test_where_nvml_hides_the_process_the_driver_is_judged_and_that_is_said(cuda
     assert "New tensors: none that Python sees" in str(caught.value) and "containers hide pids" in str(caught.value)
 
 
-def test_an_engine_gives_everything_back() -> None:
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.inductor)])
+def test_an_engine_gives_everything_back(compile: bool) -> None:
     """Closed or left by `with`, run or not, and the model stays as it was."""
     model = tiny("llama", num_layers=1)
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     with memory.watch("cpu") as watched:
         for cycle in range(4):
-            with LLM(model, max_batch=4, num_pages=40) as llm:
+            with LLM(model, max_batch=4, num_pages=40, compile=compile) as llm:
                 assert len(llm.generate([[1, 2], [3]], params)) == 2
             held = llm  # a closed engine that somebody keeps holds nothing
             if cycle == 0:

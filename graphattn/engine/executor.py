@@ -257,14 +257,14 @@ class Executor:
     def _warm_up(self, num_tokens: int) -> None:
         """Draws, and a prefill of that many tokens on the null page: kernels are compiled at their first call, which
         no request should wait for, and their memory is found."""
-        vocab = self.model.get_input_embeddings().num_embeddings
-        for count in (1, self.state.max_batch):
+        vocab, max_batch = self.model.get_input_embeddings().num_embeddings, self.runner.ladder.max
+        for count in (1, max_batch):
             logits = torch.zeros(count, vocab, dtype=self.model.dtype, device=self.device)
             for penalty in (1.0, 2.0):
                 params = SamplingParams(repetition_penalty=penalty)
                 sample(logits, [RowSampling(params, seed=0, position=0, seen=(0,))] * count)
         length = min(num_tokens, self.state.max_seq_len)
-        num_rows, page_size = min(max(1, num_tokens // length), self.state.max_batch), self.state.page_size
+        num_rows, page_size = min(max(1, num_tokens // length), max_batch), self.state.page_size
         pages = [NULL_PAGE] * -(-length // page_size)
         rows = ([[0] * length] * num_rows, [0] * num_rows, [[pages] * num_rows])
         batch = ragged_batch(*rows, page_size=page_size, device=self.device)

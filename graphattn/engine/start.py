@@ -11,7 +11,7 @@ import torch
 
 from ..buckets import BucketLadder
 from ..errors import DeviceMemoryError
-from ..ledger import Ledger, mib
+from ..ledger import CACHE, Ledger, mib
 from ..profile import CaptureProfile, StartCosts
 from ..shortage import first_line, is_out_of_memory
 from ..spec import CacheSpec
@@ -51,6 +51,7 @@ class Start:
         self._executor, self._sizing, self._ladder, self._limit = executor, sizing, ladder, limit
         self._profile, self._progress = profile, progress
         self.how = ""
+        self._unused = 0  # bytes that torch had and nothing held before the start
 
     def run(self, max_seq_len: int | None) -> CacheSpec:
         """Sizes the cache, allocates it and captures; returns the cache.
@@ -78,7 +79,7 @@ class Start:
         self.how = self._explain(base, costs)
         cache, base, costs = self._allocate(cache, base, costs, max_seq_len)
         executor.capture(partial(self._progress, "capture"))
-        executor.growth = growth(executor, base)
+        executor.growth, self._unused = growth(executor, base), base.size_of(CACHE)
         executor.forecast = Forecast.of(base, cache, sizing.spec, sizing.num_layers, costs)
         return cache
 
@@ -87,6 +88,8 @@ class Start:
         executor, sizing = self._executor, self._sizing
         line, unused = unused_bytes(executor.cache.cache, sizing.spec, sizing.num_layers)
         grown = {name: size - (unused if name == line else 0) for name, size in executor.growth.items()}
+        if CACHE in grown:
+            grown[CACHE] += self._unused
         return StartCosts(
             backends=executor.planner.all_names,
             settings=self._settings(),
@@ -125,6 +128,7 @@ class Start:
                 is_later = self._executor.is_lazy and each.bucket < self._ladder.max
                 (later if is_later else now).extend(each.captured)
         taken = {"graph pool": sum(b.pool_bytes for b in now), "graphs": sum(b.driver_bytes for b in now)}
+        taken[CACHE] = max(0, stored.growth.get(CACHE, 0) - base.size_of(CACHE))  # what lies unused serves as well
         costs = Costs(
             growth=stored.growth | {name: size for name, size in taken.items() if name in stored.growth},
             later=sum(each.pool_bytes + each.driver_bytes for each in later),

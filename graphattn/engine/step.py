@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -146,13 +147,13 @@ def _compiled(
         folded = fold_few_rows(graph)
         compiled = compile_fx(graph, inputs)
         graphs.append(folded)
-        return lambda *inputs: compiled(*single.taken(inputs, sizes))
+        return lambda *inputs: compiled(*one.taken(inputs, sizes))
 
-    step = _step_of(model)
+    step, one = _step_of(model), weakref.proxy(single)
     # Dynamo keeps what it compiled with the code object, for as long as that lives and up to a limit, and keeps by name
     # which numbers differed, to take them for dynamic. Models share neither this way: each has the limit to itself,
     # takes its graphs along when it goes, and has its own epsilon as a constant. The backend is kept there too, and
-    # must not hold the step.
+    # must not hold the step, nor tensors.
     code = step.__code__.replace(co_name=f"step_{next(_numbers)}")
-    own = FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
-    return torch.compile(own, fullgraph=True, backend=backend)
+    function = FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
+    return torch.compile(function, fullgraph=True, backend=backend)

@@ -23,6 +23,7 @@ class Capture:
         bucket: rows.
         backend: who attends in it.
         seconds: planning, warm-up (with compilation, if the step compiles) and capture.
+        workspace_bytes: by how much the backend's workspaces grew.
         pool_bytes: what the graph added to torch's private pool; 0 without CUDA graphs.
         driver_bytes: by how much the driver's free memory shrank beyond that.
         nvml_bytes: by how much this process grew by NVML, the pool's growth included; None where NVML hides it.
@@ -33,6 +34,7 @@ class Capture:
     bucket: int
     backend: str
     seconds: float
+    workspace_bytes: int = 0
     pool_bytes: int = 0
     driver_bytes: int = 0
     nvml_bytes: int | None = None
@@ -44,6 +46,7 @@ class Capture:
             bucket=self.bucket,
             backend=self.backend,
             seconds=self.seconds + earlier.seconds,
+            workspace_bytes=self.workspace_bytes + earlier.workspace_bytes,
             pool_bytes=self.pool_bytes + earlier.pool_bytes,
             driver_bytes=self.driver_bytes + earlier.driver_bytes,
             nvml_bytes=self.nvml_bytes + earlier.nvml_bytes if known else None,

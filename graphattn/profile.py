@@ -18,7 +18,7 @@ from .document import read_document, write_document
 from .errors import InvalidArgumentError
 from .spans import BackendSpan, BackendTable, StepTime, backend_at, best_spans, checked_spans
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 ORIGIN = ("device", "versions", "model", "page_size", "layout")  # what a profile holds for
 PACKAGES = {"triton": "triton", "flashinfer": "flashinfer-python"}  # beside graphattn and torch
 
@@ -30,6 +30,7 @@ class BackendProfile:
     Attributes:
         backend: who attends.
         capture_seconds: planning, warm-up (with compilation, if the step compiles) and capture.
+        workspace_bytes: by how much its backend's workspaces grew.
         pool_bytes: what its graph added to torch's private pool; 0 without CUDA graphs.
         driver_bytes: by how much the driver's free memory shrank beyond that.
         nvml_bytes: by how much the process grew by NVML, the pool's growth included; None where NVML hides it.
@@ -38,6 +39,7 @@ class BackendProfile:
 
     backend: str
     capture_seconds: float
+    workspace_bytes: int = 0
     pool_bytes: int = 0
     driver_bytes: int = 0
     nvml_bytes: int | None = None

@@ -201,7 +201,8 @@ class DecodeRunner:
                 prepared.graph.replay()
         else:
             self.counts["guard"] += 1
-            self._capture_graph(bucket, prepared)
+            with self._recorded(bucket, prepared.backend) as taken:
+                taken |= self._capture_graph(bucket, prepared)
             self.state.stage(bucket, token_ids, seq_lens, tables, drawn=drawn, num_pages=num_pages)
             self._call(prepared)
         return self._outputs.rows(len(token_ids))
@@ -284,19 +285,28 @@ class DecodeRunner:
         warnings.warn(text, RuntimeWarning, stacklevel=4)
 
     def _prepare(self, bucket: int, backend: str) -> None:
-        started = time.perf_counter()
-        plan = self.planner.decode(self.state, bucket, backend)
-        prepared = _Bucket(backend, plan, self.state.token_ids(bucket), self.state.positions(bucket))
-        with self._rehearsal(bucket) as batch:
-            prepared.plan.plan(batch)
-            if not len(self._outputs):
-                self._outputs.allocate(self._eager(prepared), bucket, self.ladder.max)
-        if self.uses_graphs:
-            self._capture_graph(bucket, prepared, started)
-        else:
-            seconds = time.perf_counter() - started
-            self.captures.append(Capture(bucket=bucket, backend=backend, seconds=seconds))
+        with self._recorded(bucket, backend) as taken:
+            plan = self.planner.decode(self.state, bucket, backend)
+            prepared = _Bucket(backend, plan, self.state.token_ids(bucket), self.state.positions(bucket))
+            with self._rehearsal(bucket) as batch:
+                prepared.plan.plan(batch)
+                if not len(self._outputs):
+                    self._outputs.allocate(self._eager(prepared), bucket, self.ladder.max)
+            if self.uses_graphs:
+                taken |= self._capture_graph(bucket, prepared)
         self._buckets[bucket, backend] = prepared
+
+    @contextmanager
+    def _recorded(self, bucket: int, backend: str) -> Iterator[dict[str, int | None]]:
+        """Adds what its body takes to `captures`; what meters count, the body puts in the dict that it is given."""
+        started, held, taken = time.perf_counter(), self.planner.num_bytes, {}
+        yield taken
+        taken |= {"seconds": time.perf_counter() - started, "workspace_bytes": self.planner.num_bytes - held}
+        capture = Capture(bucket=bucket, backend=backend, **taken)
+        for earlier in [each for each in self.captures if (each.bucket, each.backend) == (bucket, backend)]:
+            self.captures.remove(earlier)
+            capture = capture.after(earlier)
+        self.captures.append(capture)
 
     @contextmanager
     def _rehearsal(self, bucket: int) -> Iterator[Batch]:
@@ -317,9 +327,8 @@ class DecodeRunner:
         """The step and the copy into the shared outputs: exactly what is captured."""
         self._outputs.copy_(self._eager(prepared), len(prepared.token_ids_B))
 
-    def _capture_graph(self, bucket: int, prepared: _Bucket, started: float | None = None) -> None:
-        """Warms up, captures and records what that took."""
-        started = time.perf_counter() if started is None else started
+    def _capture_graph(self, bucket: int, prepared: _Bucket) -> dict[str, int | None]:
+        """Warms up and captures; returns the bytes that the graph took."""
         device = self.state.device
         # On the capture stream: compilation and lazily loaded kernels must not be captured.
         current = torch.cuda.current_stream(device)
@@ -327,17 +336,11 @@ class DecodeRunner:
             self._stream.wait_stream(current)
             try:
                 with torch.cuda.stream(self._stream):
-                    for _ in range(2):
-                        self._call(prepared)
+                    self._call(prepared)
             finally:
                 current.wait_stream(self._stream)  # what was launched writes buffers that the next step reads
         graph, bytes_taken = capture_graph(
             lambda: self._call(prepared), bucket=bucket, pool=self.pool, stream=self._stream, device=device
         )
         prepared.graph, prepared.signature = graph, prepared.plan.signature
-        seconds = time.perf_counter() - started
-        capture = Capture(bucket=bucket, backend=prepared.backend, seconds=seconds, **bytes_taken)
-        for earlier in [each for each in self.captures if (each.bucket, each.backend) == (bucket, capture.backend)]:
-            self.captures.remove(earlier)
-            capture = capture.after(earlier)
-        self.captures.append(capture)
+        return bytes_taken

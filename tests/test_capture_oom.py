@@ -43,7 +43,7 @@ class Memory:
     def __init__(self, room: int, costs: dict[int, int]):
         self.room, self.costs, self.tried, self.held = room, costs, [], []
 
-    def capture_graph(self, runner: DecodeRunner, bucket: int, prepared, started=None) -> None:
+    def capture_graph(self, runner: DecodeRunner, bucket: int, prepared) -> dict:
         self.tried.append(bucket)
         held = torch.zeros(100)  # what a step's frames hold when it fails
         ring: list = [held]  # which only the collector takes apart
@@ -56,9 +56,7 @@ class Memory:
                 raise CaptureError(f"the step at bucket {bucket} runs but cannot be captured") from error
         self.room -= self.costs[bucket]
         prepared.graph, prepared.signature = Replayed(runner, bucket, prepared), prepared.plan.signature
-        runner.captures.append(
-            Capture(bucket=bucket, backend=prepared.backend, seconds=1.0, pool_bytes=self.costs[bucket])
-        )
+        return {"pool_bytes": self.costs[bucket]}
 
 
 def new_runner(patch: pytest.MonkeyPatch, memory: Memory, **options) -> DecodeRunner:
@@ -239,10 +237,11 @@ def test_what_a_capture_took_by_each_meter(before: Meters, after: Meters, found:
 
 
 def test_captures_of_one_bucket_add_up() -> None:
-    first = Capture(bucket=4, backend="fused", seconds=1.0, pool_bytes=5, driver_bytes=6, nvml_bytes=11)
-    both = Capture(bucket=4, backend="fused", seconds=2.0, pool_bytes=1, driver_bytes=2, nvml_bytes=3).after(first)
-    assert both == Capture(bucket=4, backend="fused", seconds=3.0, pool_bytes=6, driver_bytes=8, nvml_bytes=14)
-    assert Capture(bucket=4, backend="fused", seconds=2.0).after(first).nvml_bytes is None
+    bucket = {"bucket": 4, "backend": "fused"}
+    first = Capture(**bucket, seconds=1.0, workspace_bytes=4, pool_bytes=5, driver_bytes=6, nvml_bytes=11)
+    both = Capture(**bucket, seconds=2.0, workspace_bytes=1, pool_bytes=1, driver_bytes=2, nvml_bytes=3).after(first)
+    assert both == Capture(**bucket, seconds=3.0, workspace_bytes=5, pool_bytes=6, driver_bytes=8, nvml_bytes=14)
+    assert Capture(**bucket, seconds=2.0).after(first).nvml_bytes is None
 
 
 @pytest.mark.parametrize("mode", ["raise", "shrink"])

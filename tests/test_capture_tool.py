@@ -44,6 +44,10 @@ def with_trace(folder: Path) -> tuple[dict, str]:
     return run("--trace", str(folder / "batches.json"), *options, "--profile", paths["profile"])
 
 
+def test_counts_in_thousands(tool) -> None:
+    assert tool("benchmark.options").read_counts("--contexts", "512,2k,8k") == [512, 2048, 8192]
+
+
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch):
     """Imports a module of tools/ by name."""
@@ -60,12 +64,16 @@ def test_every_bucket_is_measured(with_trace: tuple[dict, str], folder: Path) ->
         for each in row["backends"]:
             assert each["capture_s"] > 0 and each["pool_bytes"] >= 0 and each["driver_bytes"] >= 0
             assert each["nvml_bytes"] is None or each["nvml_bytes"] >= 0
+            assert each["workspace_bytes"] >= 0 and (each["kernels"] is None) == (not torch.cuda.is_available())
+            taken = row["bucket"] * (256 * 4 + 8)  # logits, and the id drawn from them
+            assert each["alone"]["output_bytes"] == taken and each["output_bytes"] == taken * (row["bucket"] == 12)
             assert [step["context"] for step in each["steps"]] == document["contexts"] == [16, 40]
         for step in (step for each in row["backends"] for step in each["steps"]):
             assert 0 < step["step_ms"]["p20"] <= step["step_ms"]["p50"] <= step["step_ms"]["p80"]
             assert step["floor_ms"] > 0 and (step["eager_ms"] is None) == (not torch.cuda.is_available())
     assert "captured 8 buckets" in said and "timed 8 buckets" in said
-    assert "What each bucket takes" in said and "What each bucket buys" in said
+    assert "What each bucket takes" in said and "What sharing saves" in said and "7 buckets were captured in" in said
+    assert "What each bucket buys" in said
     assert document["model"]["name"] == "tiny" and document["model"]["layers"] == 2
     (engine,) = (each for each in document["engines"] if "ledger" in each)
     lines = {line["name"]: line["bytes"] for line in engine["ledger"]["lines"]}
@@ -183,7 +191,11 @@ def test_contexts_that_do_not_fit_are_left_out(tool) -> None:
     engines = [{"backend": "reference", "ledger": {"lines": lines}}, {"backend": "fused", "reason": "no GPU"}]
     table = tool("capturing.report").bucket_table({"buckets": shown, "trace": None, "engines": engines})
     assert table.row_count == 5
-    assert table.caption == "shared by all buckets with reference: logits 3.0 MiB, workspaces 4.0 MiB"
+    shared, captured = table.caption.splitlines()
+    assert shared == "shared by all buckets with reference: logits 3.0 MiB, workspaces 4.0 MiB"
+    assert (
+        captured.startswith("1 buckets were captured in 0.") and "all graphs take 0.0 MiB beyond its pool" in captured
+    )
     assert [list(column.cells)[-1] for column in table.columns[:4]] == ["shared", "reference", "", "7.0"]
 
 

@@ -83,7 +83,7 @@ def test_it_says_what_was_measured_on_what(profile: CaptureProfile) -> None:
 
 def test_it_is_read_as_it_was_written(profile: CaptureProfile, path: Path) -> None:
     assert CaptureProfile.load(path) == profile
-    assert json.loads(path.read_text())["schema_version"] == 3
+    assert json.loads(path.read_text())["schema_version"] == 4
 
 
 def test_an_engine_takes_its_ladder(path: Path) -> None:
@@ -136,7 +136,7 @@ def test_what_differs_is_named_with_both_values(profile: CaptureProfile, changed
     ("change", "words"),
     [
         (lambda found: "{", "is not JSON .*: give a capture profile"),
-        (lambda found: found | {"schema_version": 7}, "has schema_version 7, this version of graphattn reads 3"),
+        (lambda found: found | {"schema_version": 7}, "has schema_version 7, this version of graphattn reads 4"),
         (lambda found: {name: found[name] for name in found if name != "model"}, "lacks model: it is not a capture"),
         (lambda found: found | {"model": 3}, "model is 3"),
         (lambda found: found | {"ladder": []}, "at least one is needed"),

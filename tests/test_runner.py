@@ -278,11 +278,12 @@ def test_replays_move_rows_on_and_captures_do_not(monkeypatch) -> None:
         runner.state.drawn[0, : len(token_ids)] = token_ids + 1
         return token_ids.clone()
 
-    def capture(runner, bucket, prepared, started=None):
+    def capture(runner, bucket, prepared):
         with runner._rehearsal(bucket):
             for _ in range(2):
                 runner._call(prepared)
         prepared.graph, prepared.signature = Replayed(runner, bucket, prepared), prepared.plan.signature
+        return {}
 
     monkeypatch.setattr(DecodeRunner, "_capture_graph", capture)
     runner = new_runner(step)

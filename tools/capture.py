@@ -26,7 +26,7 @@ from rich.console import Console
 
 from graphattn import BucketLadder, GraphattnError, Traffic
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_BATCH = 64  # without a trace or buckets that say
 
 
@@ -143,6 +143,7 @@ def main(
         "choice": choice,
     }
     console.print(report.bucket_table(document))
+    console.print(report.sharing_table(document))
     if len(engines) > 1:
         console.print(report.backend_table(document))
     if choice is not None:

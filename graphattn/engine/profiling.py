@@ -103,6 +103,7 @@ def profile_of(
             BackendProfile(
                 backend=capture.backend,
                 capture_seconds=capture.seconds,
+                workspace_bytes=capture.workspace_bytes,
                 pool_bytes=capture.pool_bytes,
                 driver_bytes=capture.driver_bytes,
                 nvml_bytes=capture.nvml_bytes,

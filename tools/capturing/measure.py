@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import torch
 from benchmark.shape import step_bytes
 from benchmark.timing import spread
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
+from capturing.sharing import alone
 from graphattn import LLM, BucketLadder, CaptureProfile, OutOfPagesError, StepTime
 
 WARM_TOKENS = 3  # that LLM.time_steps decodes before it times
@@ -69,7 +73,8 @@ def measure(
     captured = {each.bucket: each.backends[0] for each in llm.profile().buckets}
     backend = captured[max(captured)].backend
     bar = bars.add_task(f"{backend}: timing", total=len(captured) * len(contexts))
-    rows, times = [], {}
+    rows, times, largest = [], {}, max(captured)
+    output_bytes = llm.ledger().size_of("logits")
     for bucket in sorted(captured, reverse=True):  # what does not fit fails first
         steps = []
         for context in sorted(contexts):
@@ -98,6 +103,8 @@ def measure(
                 "bucket": bucket,
                 "backend": backend,
                 "capture_s": captured[bucket].capture_seconds,
+                "workspace_bytes": captured[bucket].workspace_bytes,
+                "output_bytes": output_bytes if bucket == largest else 0,  # the others use that
                 "pool_bytes": captured[bucket].pool_bytes,
                 "driver_bytes": captured[bucket].driver_bytes,
                 "nvml_bytes": captured[bucket].nvml_bytes,
@@ -105,7 +112,22 @@ def measure(
             }
         )
     bars.update(bar, description=f"{backend}: timed {len(captured)} buckets")
-    return rows[::-1], llm.profile(times)
+    found = llm.profile(times)
+    kernels(llm, largest, min(contexts))  # the first profile sets CUPTI up
+    for row in rows:  # when all is timed, since a profiler slows what comes after it
+        row["kernels"], row["alone"] = kernels(llm, row["bucket"], min(contexts)), alone(llm, row["bucket"])
+    return rows[::-1], found
+
+
+def kernels(llm: LLM, bucket: int, context: int) -> int | None:
+    """Kernels of a step, by torch.profiler; None on a CPU."""
+    if llm.model.device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        llm.time_steps(bucket, context, num_steps=1)
+        torch.cuda.synchronize()
+    ran = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in ran) // (WARM_TOKENS + 1)
 
 
 def progress(console) -> Progress:

@@ -14,14 +14,23 @@ def bucket_table(document: dict) -> Table:
     measured = [each for row in document["buckets"] for each in row["backends"]]
     has_eager = any(step.get("eager_ms") for each in measured for step in each["steps"])
     has_trace = document["trace"] is not None
-    head = ["bucket", "backend", "capture s", "pool MiB", "driver MiB", "NVML MiB", "context", "step ms p20", "p50"]
-    head += ["p80", *(["eager p50"] if has_eager else []), "bytes / copy rate, ms", "serves"]
+    head = ["bucket", "backend", "capture s", "pool MiB", "driver MiB", "NVML MiB", "workspace MiB", "kernels"]
+    head += [
+        "context",
+        "step ms p20",
+        "p50",
+        "p80",
+        *(["eager p50"] if has_eager else []),
+        "bytes / copy rate, ms",
+        "serves",
+    ]
     table = Table(*head, *(["padding it saves"] if has_trace else []), title="What each bucket takes")
     for row in document["buckets"]:
         bucket, saved = str(row["bucket"]), [_share(row["waste_saved"])] if has_trace else []
         for each in row["backends"]:
-            sizes = [_mib(each[name]) for name in ("pool_bytes", "driver_bytes", "nvml_bytes")]
-            capture = [each["backend"], f"{each['capture_s']:.2f}", *sizes]
+            sizes = [_mib(each[name]) for name in ("pool_bytes", "driver_bytes", "nvml_bytes", "workspace_bytes")]
+            count = "-" if each["kernels"] is None else str(each["kernels"])
+            capture = [each["backend"], f"{each['capture_s']:.2f}", *sizes, count]
             for step in each["steps"]:
                 if "reason" in step:
                     figures = ["does not fit", "-", "-", *(["-"] if has_eager else []), "-", "-"]
@@ -38,7 +47,31 @@ def bucket_table(document: dict) -> Table:
         table.add_row("shared", engine["backend"], "", _mib(sum(shared.values())))
         said = ", ".join(f"{name} {_mib(size)} MiB" for name, size in shared.items())
         captions.append(f"shared by all buckets with {engine['backend']}: {said}")
+        *others, largest = (each for each in measured if each["backend"] == engine["backend"])
+        beyond = sum(each["pool_bytes"] for each in others) + sum(each["driver_bytes"] for each in (*others, largest))
+        seconds = sum(each["capture_s"] for each in others)
+        captions.append(
+            f"{len(others)} buckets were captured in {seconds:.2f} s after the largest, "
+            f"and all graphs take {_mib(beyond)} MiB beyond its pool, whose activations all use"
+        )
     table.caption = "\n".join(captions)
+    return table
+
+
+def sharing_table(document: dict) -> Table:
+    """What each bucket would take with a pool, outputs and workspaces of its own, and what it adds as it is."""
+    kinds = {"pool_bytes": "pool", "driver_bytes": "driver", "output_bytes": "outputs", "workspace_bytes": "workspaces"}
+    head = [column for kind in kinds.values() for column in (f"{kind} alone", "shared")]
+    table = Table("bucket", "backend", *head, title="What sharing saves, MiB")
+    measured = [(row["bucket"], each) for row in document["buckets"] for each in row["backends"]]
+    for bucket, each in measured:
+        sizes = [_mib(size) for kind in kinds for size in (each["alone"][kind], each[kind])]
+        table.add_row(str(bucket), each["backend"], *sizes)
+    table.add_section()
+    for backend in dict.fromkeys(each["backend"] for _, each in measured):
+        rows = [each for _, each in measured if each["backend"] == backend]
+        sums = [sum(size) for kind in kinds for size in ([row["alone"][kind] for row in rows], [r[kind] for r in rows])]
+        table.add_row("sum", backend, *map(_mib, sums))
     return table
 
 

@@ -79,7 +79,8 @@ def test_a_start_from_the_profile_foresees_both_graphs(card: TwoBackends, profil
         assert card.prepared == BOTH and "as the capture profile has it" in llm.explain()
         assert not wrong(llm) and llm.ledger().predicted_free == card.free
         lines = {line.name: line.bytes for line in llm.ledger().lines}
-        assert lines["graphs"] == sum(card.graph[bucket] for bucket, _ in BOTH)
+        graphs = sum(card.graph[bucket] for bucket, _ in BOTH)
+        assert lines["graphs and kernels"] == graphs + llm._executor.kernel_bytes
         assert len(llm.generate([[1, 2], [3]] * 8, PARAMS)) == 16
         assert llm.profile().costs[0].backends == ("reference", "twin")
         pages = llm.pool.num_pages
@@ -207,13 +208,13 @@ def test_costs_of_two_backends_that_were_measured_apart(card: TwoBackends, profi
         lines = {name.replace("_", " "): size for name, size in growth.items()}
         return StartCosts(backends=backends, settings={"a": settings}, max_seq_len=seq_len, growth=lines)
 
-    ours = costs("reference", workspaces=1, compiled_kernels=5, logits=7, other_torch=-3)
-    theirs = costs("twin", seq_len=8, workspaces=2, compiled_kernels=1, logits=6, other_torch=2)
+    ours = costs("reference", workspaces=1, graphs_and_kernels=5, logits=7, other_torch=-3)
+    theirs = costs("twin", seq_len=8, workspaces=2, graphs_and_kernels=1, logits=6, other_torch=2)
     together = stored_costs(replace(found, costs=(ours, theirs)), {"a": 1})
-    sums = {"workspaces": 3, "compiled kernels": 6, "logits": 7, "other torch": 2}
+    sums = {"workspaces": 3, "graphs and kernels": 6, "logits": 7, "other torch": 2}
     assert together.growth == sums and together.max_seq_len == 8
     alone = stored_costs(replace(found, ladder=(4,), costs=(ours, theirs)), {"a": 1})
-    assert alone.growth == ours.growth | {"compiled kernels": 6} and alone.max_seq_len == 9
+    assert alone.growth == ours.growth | {"graphs and kernels": 6} and alone.max_seq_len == 9
     both = costs("reference", "twin", workspaces=3, logits=4)
     assert stored_costs(replace(found, costs=(both,)), {"a": 1}).growth == both.growth
     for none in ((), (ours,), (ours, costs("twin", settings=2))):

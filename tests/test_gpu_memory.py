@@ -102,7 +102,7 @@ def test_a_start_from_a_profile_captures_once_and_its_forecast_holds(tmp_path: P
     with LLM(model, max_batch=64, memory_fraction=0.8, **options) as llm:
         assert "as the capture profile has it" in llm.explain()
         assert not [stage for stage, _, _ in seen if stage == "measure"]
-        told(llm, but=("compiled kernels",))  # they are loaded by now
+        told(llm, but=("graphs and kernels",))  # they are loaded by now
 
 
 def test_private_pools_are_known_by_their_id() -> None:

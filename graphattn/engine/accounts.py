@@ -10,9 +10,9 @@ from ..meters import Meters
 if TYPE_CHECKING:
     from .executor import Executor
 
-KERNELS, WORKSPACES = "compiled kernels", "workspaces"
+KERNELS, WORKSPACES = "graphs and kernels", "workspaces"
 # Lines that a start adds to, beside the cache.
-GROWING = (WORKSPACES, "step buffers", "logits", "graph pool", "graphs", KERNELS, CACHE, "other torch")
+GROWING = (WORKSPACES, "step buffers", "logits", "graph pool", KERNELS, CACHE, "other torch")
 
 
 def engine_ledger(executor: Executor) -> Ledger:
@@ -21,8 +21,8 @@ def engine_ledger(executor: Executor) -> Ledger:
     options: dict = {}
     if _has_driver(executor):
         options["pools"] = {} if runner.pool is None else {"graph pool": runner.pool}
-        graphs = sum(capture.driver_bytes for capture in runner.captures)
-        options["driver_parts"] = {"graphs": graphs, KERNELS: executor.kernel_bytes}
+        # One line, since the driver keeps what a first capture's graphs took and gives it to what comes next.
+        options["driver_parts"] = {KERNELS: executor.kernel_bytes + _graph_bytes(executor)}
     if forecast is not None:
         options |= {"predicted": forecast.lines, "predicted_free": forecast.free}
     return ledger(executor.device, executor.parts(), **options)
@@ -30,6 +30,10 @@ def engine_ledger(executor: Executor) -> Ledger:
 
 def _has_driver(executor: Executor) -> bool:
     return executor.device.type == "cuda"
+
+
+def _graph_bytes(executor: Executor) -> int:
+    return sum(capture.driver_bytes for capture in executor.runner.captures)
 
 
 def base_ledger(executor: Executor) -> Ledger:
@@ -43,7 +47,9 @@ def growth(executor: Executor, base: Ledger) -> dict[str, int]:
     book = engine_ledger(executor)
     now, before = ({line.name: line.bytes for line in each.lines} for each in (book, base))
     if KERNELS in now:
-        now[KERNELS] = executor.kernel_bytes = max(0, outside_growth(base.meters, book.meters) - now["graphs"])
+        graphs = _graph_bytes(executor)
+        executor.kernel_bytes = max(0, outside_growth(base.meters, book.meters) - graphs)
+        now[KERNELS] = executor.kernel_bytes + graphs
     return {name: now[name] - before.get(name, 0) for name in GROWING if name in now}
 
 

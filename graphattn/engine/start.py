@@ -15,7 +15,7 @@ from ..ledger import CACHE, Ledger, mib
 from ..profile import CaptureProfile, StartCosts
 from ..shortage import first_line, is_out_of_memory
 from ..spec import CacheSpec
-from .accounts import base_ledger, growth
+from .accounts import KERNELS, base_ledger, growth
 from .executor import Executor
 from .forecast import Costs, Forecast, stored_costs, unused_bytes
 from .sizing import Sizing, check_room
@@ -127,7 +127,9 @@ class Start:
             if each.bucket in self._ladder:
                 is_later = self._executor.is_lazy and each.bucket < self._ladder.max
                 (later if is_later else now).extend(each.captured)
-        taken = {"graph pool": sum(b.pool_bytes for b in now), "graphs": sum(b.driver_bytes for b in now)}
+        graphs = sum(b.driver_bytes for each in self._profile.buckets for b in each.backends)
+        others = graphs - sum(b.driver_bytes for b in now)
+        taken = {"graph pool": sum(b.pool_bytes for b in now), KERNELS: stored.growth.get(KERNELS, 0) - others}
         taken[CACHE] = max(0, stored.growth.get(CACHE, 0) - base.size_of(CACHE))  # what lies unused serves as well
         costs = Costs(
             growth=stored.growth | {name: size for name, size in taken.items() if name in stored.growth},
@@ -155,7 +157,7 @@ class Start:
             later = sum(num_graphs[:-1]) * max(capture.pool_bytes + capture.driver_bytes for capture in second)
             if "graph pool" in grown:
                 grown["graph pool"] -= sum(capture.pool_bytes for capture in second)
-                grown["graphs"] -= sum(capture.driver_bytes for capture in second)
+                grown[KERNELS] -= sum(capture.driver_bytes for capture in second)
         return Costs(growth=grown, later=later, source="measured by a first capture")
 
     def _lay_out_smallest(self, base: Ledger) -> None:

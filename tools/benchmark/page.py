@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from .against import case_of, comparison
+from .buckets import buckets
+from .markdown import table
 from .published import published
 from .report import attention_figure
 
@@ -24,6 +26,7 @@ TITLES = {
     "attention": "What attention adds to a layer",
     "step": "What a decode step is made of",
     "prefill": "Prefill",
+    "capture": "Buckets and memory",
 }
 SHOWN_KERNELS = 12
 
@@ -38,24 +41,20 @@ def render(folder: Path) -> str:
     documents = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
     parts = [INTRO]
     for workload, title in TITLES.items():
-        found = {stem: document for stem, document in documents.items() if document["workload"] == workload}
+        found = {
+            stem: document for stem, document in documents.items() if document.get("workload", "capture") == workload
+        }
         if found:
             parts.append(f"## {title}\n")
         for stem, document in found.items():
-            parts.append(f"### {document['model']['shape']}: {stem}\n")
+            model = document["model"]
+            parts.append(f"### {model['name'] if workload == 'capture' else model['shape']}: {stem}\n")
             parts.append(_origin(stem, document))
             if (folder / f"{stem}.png").exists():
                 parts.append(f"![{title}, {stem}]({FOLDER}/{stem}.png)\n")
             parts.append(BODIES[workload](document))
     parts.append(_published())
     return "\n".join(parts)
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown."""
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines) + "\n"
 
 
 def _origin(stem: str, document: dict) -> str:
@@ -235,4 +234,5 @@ BODIES: dict[str, Callable[[dict], str]] = {
     "attention": _attention,
     "step": _step,
     "prefill": _prefill,
+    "capture": buckets,
 }

@@ -1,10 +1,11 @@
 """A picture of a document: step time of buckets, with the backend that serves them, over context beside the roofline,
-and the padding of ladders."""
+memory of all buckets, and the padding of ladders."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from benchmark.buckets import KINDS
 from benchmark.plot import CEILING, COLOURS, GREY, OURS, STYLE
 
 from capturing.backends import serving
@@ -21,13 +22,13 @@ def plot(document: dict, path: Path) -> None:
 
     ladders = document["choice"]["ladders"] if document["choice"] is not None else []
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, 2 if ladders else 1, figsize=(13 if ladders else 8, 5.4), layout="constrained", squeeze=False
-        )
+        count = 3 if ladders else 2
+        figure, axes = plt.subplots(1, count, figsize=(6.5 * count, 5.4), layout="constrained")
         figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))  # the line below gets the rest
-        _steps(axes[0, 0], document)
+        _steps(axes[0], document)
+        _memory(axes[1], document)
         if ladders:
-            _padding(axes[0, 1], ladders)
+            _padding(axes[2], ladders)
         environment, model = document["environment"], document["model"]
         about = (
             f"{model['name']}, {model['dtype']}",
@@ -63,6 +64,24 @@ def _steps(axes, document: dict) -> None:
     axes.set_ylabel("time of a decode step, ms")
     axes.set_title("Step of each bucket: median, band from p20 to p80", loc="left")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=3)
+
+
+def _memory(axes, document: dict) -> None:
+    backends = list(dict.fromkeys(each["backend"] for row in document["buckets"] for each in row["backends"]))
+    bars = [(f"{backend}, {how}", backend, how) for backend in backends for how in ("alone", "shared")]
+    left = [0.0] * len(bars)
+    for colour, (kind, name) in zip(COLOURS, KINDS.items(), strict=False):
+        sizes = []
+        for _, backend, how in bars:
+            rows = [each for row in document["buckets"] for each in row["backends"] if each["backend"] == backend]
+            sizes.append(sum((each["alone"] if how == "alone" else each)[kind] for each in rows) / 2**20)
+        axes.barh([bar[0] for bar in bars], sizes, left=left, color=colour, height=0.62, label=name)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("MiB")
+    axes.set_title("What all buckets take, each alone and sharing", loc="left")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
 
 
 def _padding(axes, ladders: list[dict]) -> None:

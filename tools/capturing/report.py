@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmark.buckets import KINDS
 from rich.table import Table
 
 from capturing.backends import captured, serving
@@ -60,17 +61,16 @@ def bucket_table(document: dict) -> Table:
 
 def sharing_table(document: dict) -> Table:
     """What each bucket would take with a pool, outputs and workspaces of its own, and what it adds as it is."""
-    kinds = {"pool_bytes": "pool", "driver_bytes": "driver", "output_bytes": "outputs", "workspace_bytes": "workspaces"}
-    head = [column for kind in kinds.values() for column in (f"{kind} alone", "shared")]
+    head = [column for kind in KINDS.values() for column in (f"{kind} alone", "shared")]
     table = Table("bucket", "backend", *head, title="What sharing saves, MiB")
     measured = [(row["bucket"], each) for row in document["buckets"] for each in row["backends"]]
     for bucket, each in measured:
-        sizes = [_mib(size) for kind in kinds for size in (each["alone"][kind], each[kind])]
+        sizes = [_mib(size) for kind in KINDS for size in (each["alone"][kind], each[kind])]
         table.add_row(str(bucket), each["backend"], *sizes)
     table.add_section()
     for backend in dict.fromkeys(each["backend"] for _, each in measured):
         rows = [each for _, each in measured if each["backend"] == backend]
-        sums = [sum(size) for kind in kinds for size in ([row["alone"][kind] for row in rows], [r[kind] for r in rows])]
+        sums = [sum(size) for kind in KINDS for size in ([row["alone"][kind] for row in rows], [r[kind] for r in rows])]
         table.add_row("sum", backend, *map(_mib, sums))
     return table
 

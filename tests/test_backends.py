@@ -288,8 +288,8 @@ def test_flashinfer_plan_that_is_interrupted_is_made_again(monkeypatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("has_norm", [False, True], ids=["rotated", "normed and rotated"])
-@pytest.mark.parametrize("head_dim", [64, 256])
-def test_norm_and_rotation_before_prefill(head_dim: int, has_norm: bool) -> None:
+@pytest.mark.parametrize(("head_dim", "turned"), [(64, 64), (256, 256), (64, 16), (128, 96)])
+def test_norm_and_rotation_before_prefill(head_dim: int, turned: int, has_norm: bool) -> None:
     """Strided rows of a merged projection, head counts that are no power of two, positions up to a million."""
     from graphattn.kernels.rotate import rotate
 
@@ -298,7 +298,7 @@ def test_norm_and_rotation_before_prefill(head_dim: int, has_norm: bool) -> None
     q, k, _ = (x.unflatten(1, (-1, head_dim)) for x in qkv.split([heads * head_dim for heads in (9, 3, 3)], dim=1))
     positions = torch.randint(0, 1 << 20, (700,), generator=generator, dtype=torch.int32).cuda()
     weights = [torch.rand(head_dim, generator=generator).add(0.5).bfloat16().cuda() for _ in "qk"]
-    inv_freq = 1e6 ** (-torch.arange(0, head_dim, 2, device="cuda") / head_dim)
+    inv_freq = 1e6 ** (-torch.arange(0, turned, 2, device="cuda") / turned)
     rotary, exact = (
         Rotary(inv_freq, 1.2, *([weight.to(dtype) for weight in weights] if has_norm else [None, None]), 1e-6)
         for dtype in (torch.bfloat16, torch.float32)

@@ -56,12 +56,15 @@ def test_every_page_and_split(page_size: int, layout: str, bucket: int) -> None:
 
 
 @pytest.mark.parametrize("has_norm", [False, True], ids=["rotated", "normed and rotated"])
-@pytest.mark.parametrize(("heads", "head_dim"), [("group 3", 64), ("group 8", 128), ("group 3", 256)])
-def test_norms_and_rotates(heads: str, head_dim: int, has_norm: bool) -> None:
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "turned"),
+    [("group 3", 64, 64), ("group 8", 128, 128), ("group 3", 256, 256), ("group 3", 64, 16), ("group 8", 128, 96)],
+)
+def test_norms_and_rotates(heads: str, head_dim: int, turned: int, has_norm: bool) -> None:
     """Against the reference backend, which does that in torch; keys and values end up in the cache the same."""
     generator = torch.Generator().manual_seed(1)
     weights = [torch.rand(head_dim, generator=generator).add(0.5).to(DEVICE) for _ in "qk"]
-    inv_freq = 10000.0 ** (-torch.arange(0, head_dim, 2, device=DEVICE) / head_dim)
+    inv_freq = 10000.0 ** (-torch.arange(0, turned, 2, device=DEVICE) / turned)
 
     def rotary(dtype: torch.dtype) -> Rotary:
         return Rotary(inv_freq, 1.2, *([each.to(dtype) for each in weights] if has_norm else [None, None]), 1e-6)

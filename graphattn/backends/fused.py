@@ -178,6 +178,7 @@ class DecodePlan:
                 GROUP=spec.group_size,
                 HEADS=1 << (spec.group_size - 1).bit_length(),
                 HALF=spec.head_dim // 2,
+                TURNED=spec.head_dim // 2 if rotary is None else rotary.inv_freq.numel(),
                 PAGE=self._cache.page_size,
                 WARPS=self._split.warps,
                 STAGES=self._split.stages,

@@ -75,8 +75,8 @@ class RotaryTakeover:
         if len(embeddings) != 1:
             return f"the model has {len(embeddings)} rotary embeddings"
         inv_freq, scaling = embeddings[0].inv_freq, float(getattr(embeddings[0], "attention_scaling", 1.0))
-        if 2 * inv_freq.numel() != before[0].query.shape[3]:
-            return f"{2 * inv_freq.numel()} of {before[0].query.shape[3]} dims of a head are rotated"
+        if 2 * inv_freq.numel() > before[0].query.shape[3]:
+            return f"{2 * inv_freq.numel()} dims would be rotated, a head has {before[0].query.shape[3]}"
         if not all(tensor.any() for call in before for tensor in (call.query, call.key)):
             return "queries or keys are zero, so nothing can be told of them"
         for call in before:

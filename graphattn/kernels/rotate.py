@@ -38,6 +38,7 @@ def _rotate(rotary: Rotary, x_NHD: Tensor, weight_D: Tensor | None, positions_N:
             HEADS=num_heads,
             ROWS=triton.next_power_of_2(num_heads),
             HALF=head_dim // 2,
+            TURNED=rotary.inv_freq.numel(),
             HAS_NORM=weight_D is not None,
             FAST=x_NHD.is_cuda,
         )
@@ -64,6 +65,12 @@ def rotated(low, high, cos, sin):
 
 
 @triton.jit
+def other_of(d, TURNED: tl.constexpr):
+    """The other dim of each one's pair, where the first 2 * TURNED dims of a head turn; itself where it does not."""
+    return tl.where(d < TURNED, d + TURNED, tl.where(d < 2 * TURNED, d - TURNED, d))
+
+
+@triton.jit
 def _rotate_kernel(
     x,
     out,
@@ -76,6 +83,7 @@ def _rotate_kernel(
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     HALF: tl.constexpr,
+    TURNED: tl.constexpr,
     HAS_NORM: tl.constexpr,
     FAST: tl.constexpr,
 ):
@@ -88,8 +96,25 @@ def _rotate_kernel(
         unit_H = tl.rsqrt((tl.sum(x_HL * x_HL, 1) + tl.sum(x_HR * x_HR, 1)) / (2 * HALF) + eps)
         x_HL = x_HL * unit_H[:, None] * tl.load(weight + d).to(tl.float32)[None, :]
         x_HR = x_HR * unit_H[:, None] * tl.load(weight + HALF + d).to(tl.float32)[None, :]
-    cos, sin = cos_sin(tl.load(positions + token).to(tl.float32) * tl.load(inv_freq + d), FAST)
-    x_HL, x_HR = rotated(x_HL, x_HR, (cos * scaling)[None, :], (sin * scaling)[None, :])
+    position = tl.load(positions + token).to(tl.float32)
+    if TURNED == HALF:
+        cos, sin = cos_sin(position * tl.load(inv_freq + d), FAST)
+        x_HL, x_HR = rotated(x_HL, x_HR, (cos * scaling)[None, :], (sin * scaling)[None, :])
+    else:
+        head = x + token * stride + h[:, None] * (2 * HALF)
+        for right in tl.static_range(2):
+            own = right * HALF + d
+            other = other_of(own, TURNED)
+            y_HD = tl.load(head + other[None, :], mask=is_head, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                y_HD *= unit_H[:, None] * tl.load(weight + other).to(tl.float32)[None, :]
+            is_turned = own < 2 * TURNED
+            cos, sin = cos_sin(position * tl.load(inv_freq + own % TURNED, mask=is_turned, other=0.0), FAST)
+            cos, sin = tl.where(is_turned, cos * scaling, 1.0), tl.where(own < TURNED, -sin, sin) * scaling
+            if right == 0:
+                x_HL = x_HL * cos[None, :] + y_HD * sin[None, :]
+            else:
+                x_HR = x_HR * cos[None, :] + y_HD * sin[None, :]
     out_at = out + token * (HEADS * 2 * HALF) + at
     tl.store(out_at, x_HL.to(out.dtype.element_ty), mask=is_head)
     tl.store(out_at + HALF, x_HR.to(out.dtype.element_ty), mask=is_head)

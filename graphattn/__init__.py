@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from graphattn.pages import BlockTable, PagePool
     from graphattn.plan import Planner
     from graphattn.profile import BackendProfile, BucketProfile, CaptureProfile, StartCosts
+    from graphattn.rope import Rotary
     from graphattn.runner import DecodeRunner
     from graphattn.sampling import SamplingParams
     from graphattn.spans import BackendSpan, StepTime, best_spans
@@ -78,6 +79,7 @@ __all__ = [
     "PagePool",
     "Planner",
     "RequestOutput",
+    "Rotary",
     "SamplingParams",
     "StartCosts",
     "StepState",
@@ -128,6 +130,7 @@ _MODULE_OF = {
     "PagePool": "pages",
     "Planner": "plan",
     "RequestOutput": "engine.request",
+    "Rotary": "rope",
     "SamplingParams": "sampling",
     "StartCosts": "profile",
     "StepState": "state",

@@ -45,6 +45,8 @@ class Batch:
         rows_N: int32 on the device, the row of each token.
         qo_indptr_B1: int32 on the host, row b's tokens are `qo_indptr_B1[b]:qo_indptr_B1[b + 1]`.
         kv_lens_B: int32 on the host, tokens of each row, the step's own included.
+        lengths_N: int32 on the device, how long a row each token counts as part of, where rotary frequencies depend on
+            that; None for one that ends with it, as a decode step's do.
         groups: the pages on the device, one `CSR` per layer group; a decode step's are there once it was fed.
         count_groups: makes the same numbers on the host.
     """
@@ -56,6 +58,7 @@ class Batch:
     kv_lens_B: Tensor
     groups: tuple[CSR, ...]
     count_groups: Callable[[], tuple[CSR, ...]]
+    lengths_N: Tensor | None = None
 
     @cached_property
     def groups_host(self) -> tuple[CSR, ...]:
@@ -93,6 +96,7 @@ def ragged_batch(
     *,
     page_size: int,
     device: torch.device | str,
+    lengths: Sequence[int] | None = None,
 ) -> Batch:
     """A batch of rows with any number of new tokens each (prefill, or a chunk of it over a cached prefix).
 
@@ -102,6 +106,8 @@ def ragged_batch(
         tables: `tables[group][row]`, the row's pages in order, with room for all its tokens.
         page_size: tokens in a page.
         device: where the kernels run; everything goes there in one copy.
+        lengths: how long each row counts as where rotary frequencies depend on that, and for a token beyond, as long
+            as it is with that token; None for its length with all of these tokens.
 
     Raises:
         InvalidArgumentError: a row has no new token, or too few pages.
@@ -112,10 +118,12 @@ def ragged_batch(
     kv_lens = [start + count for start, count in zip(starts, counts, strict=True)]
     num_tokens = sum(counts)
     qo_indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    positions = np.concatenate([np.arange(start, end) for start, end in zip(starts, kv_lens, strict=True)])
     parts = [
         np.fromiter(chain.from_iterable(token_ids), dtype=np.int32, count=num_tokens),
-        np.concatenate([np.arange(start, end) for start, end in zip(starts, kv_lens, strict=True)]),
+        positions,
         np.repeat(np.arange(len(counts)), counts),
+        np.maximum(positions + 1, np.repeat(kv_lens if lengths is None else lengths, counts)),
     ]
     for group in tables:
         parts += csr_arrays(group, kv_lens, page_size)
@@ -127,7 +135,7 @@ def ragged_batch(
     views = host.to(device, non_blocking=True).split(sizes)
 
     def groups(split: Sequence[Tensor]) -> tuple[CSR, ...]:
-        return tuple(CSR(*split[at : at + 3]) for at in range(3, len(split), 3))
+        return tuple(CSR(*split[at : at + 3]) for at in range(4, len(split), 3))
 
     return Batch(
         token_ids_N=views[0],
@@ -137,4 +145,5 @@ def ragged_batch(
         kv_lens_B=torch.tensor(kv_lens, dtype=torch.int32, device="cpu"),
         groups=groups(views),
         count_groups=lambda: groups(views_host),
+        lengths_N=views[3],
     )

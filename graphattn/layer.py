@@ -29,7 +29,7 @@ class Attention(nn.Module):
         rotary: how queries and keys are normed and rotated before they attend; None if they come as they are to be.
 
     Raises:
-        InvalidArgumentError: heads that do not divide, or a count below 1.
+        InvalidArgumentError: heads that do not divide, a count below 1, or more rotary frequencies than pairs.
 
     Example:
         >>> layer = Attention(num_heads=8, head_dim=64, num_kv_heads=2)
@@ -57,6 +57,11 @@ class Attention(nn.Module):
             window=window,
             softcap=softcap,
         )
+        if rotary is not None and (rotary.inv_freq.dim() not in (1, 2) or 2 * rotary.num_turned > head_dim):
+            raise InvalidArgumentError(
+                f"inv_freq is {tuple(rotary.inv_freq.shape)}: needed is [pairs] or [lengths, pairs], of the "
+                f"{head_dim // 2} pairs of a head at most"
+            )
         self.group, self.rotary = group, rotary
         self.register_buffer("k_cache", torch.empty(0), persistent=False)
         self.register_buffer("v_cache", torch.empty(0), persistent=False)
@@ -123,8 +128,9 @@ class Attention(nn.Module):
         tensors, rotary = (q, k, v, self.k_cache, self.v_cache), self.rotary
         if rotary is None:
             return torch.ops.graphattn.attend(*tensors, self.group)
+        turns = (rotary.inv_freq, rotary.threshold, rotary.scaling)
         norms = (rotary.q_weight, rotary.k_weight, rotary.eps)
-        return torch.ops.graphattn.rotary_attend(*tensors, self.group, rotary.inv_freq, rotary.scaling, *norms)
+        return torch.ops.graphattn.rotary_attend(*tensors, self.group, *turns, *norms)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, group={self.group}"

@@ -73,12 +73,13 @@ def _rotary_attend(
     v_cache: Tensor,
     group: int,
     inv_freq: Tensor,
+    threshold: int,
     scaling: float,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
 ) -> Tensor:
-    return _attend(q, k, v, k_cache, v_cache, group, Rotary(inv_freq, scaling, q_weight, k_weight, eps))
+    return _attend(q, k, v, k_cache, v_cache, group, Rotary(inv_freq, threshold, scaling, q_weight, k_weight, eps))
 
 
 def _linear(
@@ -159,7 +160,7 @@ def _attend_fake(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tens
 # Library.define costs 2-3 us a call where torch.library.custom_op costs 20-28.
 _library = torch.library.Library("graphattn", "DEF")
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, int group"
-_ROTARY = "Tensor inv_freq, float scaling, Tensor? q_weight, Tensor? k_weight, float eps"
+_ROTARY = "Tensor inv_freq, int threshold, float scaling, Tensor? q_weight, Tensor? k_weight, float eps"
 _LINEAR = (
     "Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm=None, float eps=0.0, bool gated=False, "
     "Tensor? residual=None"

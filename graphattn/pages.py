@@ -60,6 +60,7 @@ class PagePool:
         self._contents: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # key -> (page, serial)
         self._keys: list[tuple[int, tuple[int, ...]] | None] = [None] * num_pages  # the inverse, by page
         self._root = self._last_serial = 0
+        self._starts: dict[int, int] = {}  # serial before the first page, by what else prefixes have in common
 
     @property
     def num_usable(self) -> int:
@@ -149,6 +150,7 @@ class PagePool:
         self._free.extend(self._cached)
         self._cached.clear()
         self._root = self._next_serial()
+        self._starts.clear()
 
     def grow(self, num_pages: int) -> None:
         """Raise the pool to num_pages pages, the null page included; InvalidArgumentError if it has more already."""
@@ -174,6 +176,13 @@ class PagePool:
         wrong = [p for p in self._free if self._keys[p] is not None] + [p for p in self._cached if not self._keys[p]]
         if wrong or listed != {(page, key) for key, (page, _) in self._contents.items()}:
             raise GraphattnError(f"registered contents disagree with the pages that hold them; free or cached {wrong}")
+
+    def _start(self, key: int) -> int:
+        if key == 0:
+            return self._root
+        if key not in self._starts:
+            self._starts[key] = self._next_serial()
+        return self._starts[key]
 
     def _next_serial(self) -> int:
         self._last_serial += 1
@@ -213,13 +222,13 @@ class BlockTable:
         pages: Page numbers; to be read, not changed.
     """
 
-    __slots__ = ("_fills_at", "_page_size", "_root", "_serials", "pages", "pool")
+    __slots__ = ("_fills_at", "_key", "_page_size", "_root", "_serials", "pages", "pool")
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
         self.pages: list[int] = []
         self._page_size = pool.page_size
-        self._root = pool._root
+        self._root, self._key = pool._root, 0
         self._serials: list[int] = []  # of the content of each committed full page
         self._fills_at = pool.page_size  # number of tokens at which commit has a page to register
 
@@ -228,8 +237,12 @@ class BlockTable:
         """Tokens that fit into the pages held."""
         return len(self.pages) * self._page_size
 
-    def reuse_prefix(self, token_ids: Sequence[int]) -> int:
+    def reuse_prefix(self, token_ids: Sequence[int], key: int = 0) -> int:
         """Take the longest chain of registered pages that token_ids (from position 0) begin with, but never all tokens.
+
+        Args:
+            token_ids: Tokens of the request.
+            key: What keys and values depend on besides tokens; only requests of one key share pages.
 
         Returns:
             Number of tokens whose keys and values need not be computed: a multiple of page_size.
@@ -240,7 +253,8 @@ class BlockTable:
         if self.pages:
             raise InvalidArgumentError(f"reuse_prefix needs an empty table, got {len(self.pages)} pages; release first")
         pool, size = self.pool, self._page_size
-        serial = self._root = pool._root
+        self._root, self._key = pool._root, key
+        serial = pool._start(key)
         for start in range(0, (len(token_ids) - 1) // size * size, size):
             found = pool._take(serial, tuple(token_ids[start : start + size]))
             if found is None:
@@ -287,7 +301,7 @@ class BlockTable:
         end = count // size * size
         # After clear_prefixes an older table must not register: part of it was computed with the weights of before.
         if pool._prefix_cache and self._root == pool._root:
-            serial = self._serials[-1] if self._serials else self._root
+            serial = self._serials[-1] if self._serials else pool._start(self._key)
             for start in range(self._fills_at - size, end, size):
                 serial = pool._register(self.pages[start // size], serial, tuple(token_ids[start : start + size]))
                 self._serials.append(serial)

@@ -222,7 +222,7 @@ def test_norm_and_rotation_in_the_kernel(head_dim: int, layout: str, has_norm: b
         state.feed(5)
         norms = [weight.to(dtype) for weight in weights] if has_norm else [None, None]
         with active_plans(plan.groups):
-            layer = Attention(4, head_dim, num_kv_heads=2, rotary=Rotary(inv_freq, 1.2, *norms, 1e-6))
+            layer = Attention(4, head_dim, num_kv_heads=2, rotary=Rotary(inv_freq, 0, 1.2, *norms, 1e-6))
             layer.bind(*pages)
             out = layer(*(tensor.to(dtype) for tensor in rows.packed))
         return out, pages[0].nan_to_num(0.0)
@@ -288,8 +288,9 @@ def test_flashinfer_plan_that_is_interrupted_is_made_again(monkeypatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("has_norm", [False, True], ids=["rotated", "normed and rotated"])
+@pytest.mark.parametrize("by_length", [False, True], ids=["", "by length"])
 @pytest.mark.parametrize(("head_dim", "turned"), [(64, 64), (256, 256), (64, 16), (128, 96)])
-def test_norm_and_rotation_before_prefill(head_dim: int, turned: int, has_norm: bool) -> None:
+def test_norm_and_rotation_before_prefill(head_dim: int, turned: int, by_length: bool, has_norm: bool) -> None:
     """Strided rows of a merged projection, head counts that are no power of two, positions up to a million."""
     from graphattn.kernels.rotate import rotate
 
@@ -299,14 +300,16 @@ def test_norm_and_rotation_before_prefill(head_dim: int, turned: int, has_norm: 
     positions = torch.randint(0, 1 << 20, (700,), generator=generator, dtype=torch.int32).cuda()
     weights = [torch.rand(head_dim, generator=generator).add(0.5).bfloat16().cuda() for _ in "qk"]
     inv_freq = 1e6 ** (-torch.arange(0, turned, 2, device="cuda") / turned)
+    inv_freq = torch.stack((inv_freq, inv_freq * 0.5, inv_freq * 0.2)) if by_length else inv_freq
+    lengths = positions + torch.randint(1, 1000, (700,), generator=generator, dtype=torch.int32).cuda()
     rotary, exact = (
-        Rotary(inv_freq, 1.2, *([weight.to(dtype) for weight in weights] if has_norm else [None, None]), 1e-6)
+        Rotary(inv_freq, 1 << 19, 1.2, *([weight.to(dtype) for weight in weights] if has_norm else [None, None]), 1e-6)
         for dtype in (torch.bfloat16, torch.float32)
     )
     found = (
-        rotate(rotary, q, k, positions),
-        rotary.rotate(q, k, positions),
-        exact.rotate(q.float(), k.float(), positions),
+        rotate(rotary, q, k, positions, lengths),
+        rotary.rotate(q, k, positions, lengths),
+        exact.rotate(q.float(), k.float(), positions, lengths),
     )
     for ours, plain, right in zip(*found, strict=True):
         assert_close(ours, plain, right, floor=1e-3)

@@ -60,14 +60,17 @@ def test_every_page_and_split(page_size: int, layout: str, bucket: int) -> None:
     ("heads", "head_dim", "turned"),
     [("group 3", 64, 64), ("group 8", 128, 128), ("group 3", 256, 256), ("group 3", 64, 16), ("group 8", 128, 96)],
 )
-def test_norms_and_rotates(heads: str, head_dim: int, turned: int, has_norm: bool) -> None:
+@pytest.mark.parametrize("by_length", [False, True], ids=["", "by length"])
+def test_norms_and_rotates(heads: str, head_dim: int, turned: int, by_length: bool, has_norm: bool) -> None:
     """Against the reference backend, which does that in torch; keys and values end up in the cache the same."""
     generator = torch.Generator().manual_seed(1)
     weights = [torch.rand(head_dim, generator=generator).add(0.5).to(DEVICE) for _ in "qk"]
     inv_freq = 10000.0 ** (-torch.arange(0, turned, 2, device=DEVICE) / turned)
+    if by_length:  # from 40 tokens on, and from 41
+        inv_freq = torch.stack((inv_freq, inv_freq * 0.5, inv_freq * 0.2))
 
     def rotary(dtype: torch.dtype) -> Rotary:
-        return Rotary(inv_freq, 1.2, *([each.to(dtype) for each in weights] if has_norm else [None, None]), 1e-6)
+        return Rotary(inv_freq, 39, 1.2, *([each.to(dtype) for each in weights] if has_norm else [None, None]), 1e-6)
 
     def reference(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         rows = new_rows(heads, head_dim)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from dense import DenseRows
 from tiny import tiny
 
-from graphattn import MemoryLeakError, memory
+from graphattn import Attention, MemoryLeakError, Planner, active_plans, memory
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -88,6 +89,27 @@ def test_memory_page(capsys: pytest.CaptureFixture) -> None:
     said = capsys.readouterr().out
     assert "memory of cpu" in said and "KV pages" in said and "MiB are the margin" in said
     assert "a cache of" in said and "does not fit" in said and "on_kv_oom='shrink'" in said
+
+
+def test_rope_page() -> None:
+    """Its layer does what one does that is given rotated queries and keys."""
+    names: dict = {}
+    exec("\n".join(code("rope.md")), names)
+    rows = DenseRows(names["layer"].spec, [0, 5], [7, 3], page_size=16, dtype=torch.float32, device="cpu")
+    for rotary in (names["layer"].rotary, names["by_length"]):
+        batch = rows.batch("cpu")
+        plan = Planner([rows.spec], rows.cache.cache, "cpu").prefill()
+        plan.plan(batch)
+        found = []
+        for taken in (rotary, None):
+            layer = Attention(8, 64, num_kv_heads=2, rotary=taken)
+            layer.bind(*(pages.clone() for pages in rows.cache.layers[0]))
+            q, k, v = rows.packed
+            if taken is None:
+                q, k = rotary.rotate(q, k, batch.positions_N)
+            with active_plans(plan.groups):
+                found.append(layer(q, k, v))
+        assert torch.equal(*found)
 
 
 def test_links_point_at_files() -> None:

@@ -227,7 +227,7 @@ def test_default_sizing_leaves_room_for_a_whole_prefill() -> None:
 
 
 @pytest.mark.parametrize("backend", ["fused", "flashinfer"])
-@pytest.mark.parametrize(("family", "head_dim"), [*((family, 64) for family in FAMILIES), ("qwen3", 256)])
+@pytest.mark.parametrize(("family", "head_dim"), [*((family, 64) for family in (*FAMILIES, "phi")), ("qwen3", 256)])
 def test_logits_within_twice_plain_torch(family: str, head_dim: int, backend: str) -> None:
     """Prefill and captured decode, teacher-forced, against transformers in float32; transformers in bf16 beside."""
     model, plain, exact = (small(family, head_dim=head_dim) for _ in range(3))

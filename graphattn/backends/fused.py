@@ -148,7 +148,7 @@ class DecodePlan:
         out_NHD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         slot, head = (1, 2) if self._cache.layout == "NHD" else (2, 1)
         has_norm = rotary is not None and rotary.q_weight is not None
-        chained = is_chained(q.device)
+        chained, depends = is_chained(q.device), rotary is not None and rotary.depends_on_length
         with torch.cuda.device_of(q):  # Triton launches on the current device
             decode_kernel[(spec.num_kv_heads, len(q), self._split.splits)](
                 q,
@@ -173,12 +173,15 @@ class DecodePlan:
                 spec.scale,
                 spec.softcap or 0.0,
                 spec.window or 0,
+                0 if rotary is None else rotary.threshold,
+                len(rotary.inv_freq) if depends else 1,
                 1.0 if rotary is None else rotary.scaling,
                 0.0 if rotary is None else rotary.eps,
                 GROUP=spec.group_size,
                 HEADS=1 << (spec.group_size - 1).bit_length(),
                 HALF=spec.head_dim // 2,
-                TURNED=spec.head_dim // 2 if rotary is None else rotary.inv_freq.numel(),
+                TURNED=spec.head_dim // 2 if rotary is None else rotary.num_turned,
+                DEPENDS=depends,
                 PAGE=self._cache.page_size,
                 WARPS=self._split.warps,
                 STAGES=self._split.stages,

@@ -55,7 +55,7 @@ class ReferencePlan:
         self.page_shape = cache.page_shape(spec)
 
     def plan(self, batch: Batch) -> None:
-        self._positions_N = batch.positions_N
+        self._positions_N, self._lengths_N = batch.positions_N, batch.lengths_N
         csr, device, page_size = batch.groups_host[self._group], batch.token_ids_N.device, self._cache.page_size
         kv_lens, query_lens = csr.kv_lens(page_size).tolist(), batch.qo_indptr_B1.diff().tolist()
         in_page = torch.arange(page_size, device="cpu")
@@ -85,7 +85,7 @@ class ReferencePlan:
         rotary: Rotary | None = None,
     ) -> Tensor:
         if rotary is not None:
-            q_NHD, k_NKD = rotary.rotate(q_NHD, k_NKD, self._positions_N)
+            q_NHD, k_NKD = rotary.rotate(q_NHD, k_NKD, self._positions_N, self._lengths_N)
         is_hnd = self._cache.layout == "HND"
         k_PSKD, v_PSKD = (cache.transpose(1, 2) if is_hnd else cache for cache in (k_cache, v_cache))
         k_PSKD.index_put_(self._new, k_NKD)

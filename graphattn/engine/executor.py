@@ -149,12 +149,14 @@ class Executor:
         requests = [chunk.request for chunk in chunks]
         starts = [request.num_computed for request in requests]
         ends = [start + chunk.num_tokens for start, chunk in zip(starts, chunks, strict=True)]
+        rule = self.binding.length_rule
         batch = ragged_batch(
             [request.tokens[start:end] for request, start, end in zip(requests, starts, ends, strict=True)],
             starts,
             [[request.table.pages for request in requests]],
             page_size=self.state.page_size,
             device=self.device,
+            lengths=None if rule is None else [rule.counted(len(r.prompt), r.computed_as) for r in requests],
         )
         complete = torch.tensor([chunk.completes for chunk in chunks], device="cpu")
         last = batch.qo_indptr_B1[1:][complete].long() - 1

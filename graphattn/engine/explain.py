@@ -65,4 +65,8 @@ def _rope(executor: Executor) -> str:
         return f"applied by the model, outside the op: {takeover.reason}"
     ours = [rotary for rotary in takeover.rotaries if rotary is not None]
     norms = sum(rotary.q_weight is not None for rotary in ours)
-    return f"in the op for {len(ours)} of {len(takeover.rotaries)} layers, with q and k norms for {norms}"
+    said = f"in the op for {len(ours)} of {len(takeover.rotaries)} layers, with q and k norms for {norms}"
+    if takeover.length_rule is not None:
+        how = "which then is computed anew" if takeover.length_rule.is_whole else "token by token"
+        said += f"; other frequencies for a request of more than {takeover.length_rule.threshold} tokens, {how}"
+    return said

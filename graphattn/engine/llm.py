@@ -167,7 +167,8 @@ class LLM:
         self._finalizer = weakref.finalize(self, self._executor.close)
         self._finalizer.atexit = False
         self._prompts = PromptReader(tokenizer, vocab_size=vocab_size, limit=limit, pool=self.pool)
-        self._scheduler = Scheduler(self.pool, max_batch=max_batch, max_prefill_tokens=max_prefill_tokens)
+        limits = {"max_batch": max_batch, "max_prefill_tokens": max_prefill_tokens}
+        self._scheduler = Scheduler(self.pool, **limits, length_rule=self._executor.binding.length_rule)
         self._engine = Engine(
             self._executor,
             self._scheduler,

@@ -109,6 +109,7 @@ class Request:
     tokens: array = field(default_factory=lambda: array("q"))
     num_unread: int = 0
     num_computed: int = 0
+    computed_as: int = 0
     drawn_at: int | None = None
     is_ended: bool = False
     logprobs: list[dict[int, float]] = field(default_factory=list)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import OutOfPagesError
 from ..pages import PagePool
+from ..rope import LengthRule
 from .request import Request
 
 
@@ -42,6 +43,7 @@ class Scheduler:
         pool: the pages.
         max_batch: requests that run at once.
         max_prefill_tokens: prompt tokens computed in one step.
+        length_rule: what rotary frequencies that depend on a request's length mean for it; None if they do not.
 
     Attributes:
         waiting: requests without pages, the next to be admitted first.
@@ -49,7 +51,10 @@ class Scheduler:
         num_preemptions: how often a request lost its pages.
     """
 
-    def __init__(self, pool: PagePool, *, max_batch: int, max_prefill_tokens: int):
+    def __init__(
+        self, pool: PagePool, *, max_batch: int, max_prefill_tokens: int, length_rule: LengthRule | None = None
+    ):
+        self._length_rule = length_rule
         self.pool, self.max_batch, self.max_prefill_tokens = pool, max_batch, max_prefill_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -111,10 +116,18 @@ class Scheduler:
         decode, at = [], 0
         while at < len(self.running):  # what is preempted meanwhile stands at `at` or behind it
             request = self.running[at]
+            if self._outgrows(request):
+                self.preempt([request])
+                continue
             if request.num_pending == 1 and not request.is_spent and self._make_room(request):
                 decode.append(request)
             at += 1
         return decode
+
+    def _outgrows(self, request: Request) -> bool:
+        """Whether what is computed of a request is not what its next token must see."""
+        rule = self._length_rule
+        return rule is not None and not request.is_spent and rule.outgrows(request.computed_as, len(request.tokens))
 
     def _make_room(self, request: Request) -> bool:
         """Gives a request the page its next token needs, preempting the youngest first; False if it was itself."""
@@ -134,14 +147,16 @@ class Scheduler:
         request, spare = self.waiting[0], len(self.running)
         if request.num_unread or self.pool.num_free <= spare:
             return None
-        cached = request.table.reuse_prefix(request.tokens)
+        rule, num_tokens = self._length_rule, len(request.tokens)
+        key = 0 if rule is None else rule.prefix_key(len(request.prompt), num_tokens)
+        cached = request.table.reuse_prefix(request.tokens, key)
         missing = self.pool.pages_for(len(request.tokens)) - len(request.table.pages)
         if missing + spare > self.pool.num_free:
             request.table.release()
             self.pool.num_hits -= cached  # it was not used, and is asked for again at the next step
             return None
         request.table.grow(len(request.tokens))
-        request.num_computed = cached
+        request.num_computed, request.computed_as = cached, num_tokens
         if request.cached_tokens is None:
             request.cached_tokens = cached
         self.running.append(self.waiting.popleft())

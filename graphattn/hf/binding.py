@@ -10,7 +10,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from ..cache import KVCache
 from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..layer import Attention
-from ..rope import Rotary
+from ..rope import LengthRule, Rotary
 from .merge import MergedProjections
 from .probe import (
     IMPLEMENTATION,
@@ -77,7 +77,7 @@ class Binding:
                 f"{type(model).__name__} is attached already: detach it first (graphattn.hf.detach(model), or close() "
                 "of the LLM it runs in)"
             )
-        refuse_config(model)
+        refuse_config(model, packs=packs)
         self.model = model
         self.rotary: RotaryTakeover | None = None
         self.merged: MergedProjections | None = None
@@ -100,6 +100,11 @@ class Binding:
         except BaseException:
             self.detach()
             raise
+
+    @property
+    def length_rule(self) -> LengthRule | None:
+        """How the model's rotary frequencies depend on a request's length; None if they do not."""
+        return None if self.rotary is None else self.rotary.length_rule
 
     @property
     def layers(self) -> list[Attention]:

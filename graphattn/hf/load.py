@@ -103,7 +103,11 @@ def max_positions(model: PreTrainedModel) -> int | None:
     """The longest sequence that the model's positions were made for; None if its config does not say."""
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_sequence_length")
-    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    found = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if found is not None and rope.get("rope_type") == "dynamic":  # there it is the length from which they are scaled
+        return int(found * rope["factor"])
+    return found
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ UNSERVED_ARGUMENTS = {
     "block_indices": "sparse attention blocks",
 }
 SERVED_LAYER_TYPES = ("full_attention", "sliding_attention")
-UNSERVED_ROPE_TYPES = ("dynamic", "longrope")
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types
 FARTHEST = 1 << 20  # positions up to which a layer's mask is read
 
 
@@ -69,8 +69,8 @@ for name in (PROBE, PROBE_UNMASKED):
 AttentionMaskInterface.register(PROBE, _probe_mask)
 
 
-def refuse_config(model: PreTrainedModel) -> None:
-    """Raises UnsupportedModelError for what a model's config alone rules out."""
+def refuse_config(model: PreTrainedModel, *, packs: bool) -> None:
+    """Raises UnsupportedModelError for what a model's config alone rules out; `packs` as `Binding` takes it."""
     name, config = type(model).__name__, model.config.get_text_config()
     if model.training:
         raise UnsupportedModelError(f"{name} is in training mode: call model.eval() first")
@@ -88,10 +88,10 @@ def refuse_config(model: PreTrainedModel) -> None:
             raise UnsupportedModelError(f"{name}: layer {layer} is {kind}, which is not served")
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if parameters.get("rope_type") in UNSERVED_ROPE_TYPES:
+        if not packs and parameters.get("rope_type") in LENGTH_DEPENDENT:
             raise UnsupportedModelError(
                 f"{name}: rope type {parameters['rope_type']} takes its frequencies from the longest row of a batch, "
-                "so rows would change each other; it is not served"
+                "so rows would change each other; graphattn.LLM gives each request its own"
             )
 
 

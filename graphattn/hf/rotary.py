@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import InvalidArgumentError, UnsupportedModelError
-from ..rope import Rotary
-from .probe import IMPLEMENTATIONS, probe
+from ..rope import LengthRule, Rotary
+from .frequencies import frequencies, length_rule
+from .load import max_positions
+from .probe import IMPLEMENTATIONS, Call, probe
 
 ROTATE = "apply_rotary_pos_emb"  # what nearly every modeling file of transformers calls its rotation
 NORMS = ("q_norm", "k_norm")
@@ -37,12 +39,17 @@ class RotaryTakeover:
     Attributes:
         rotaries: by layer; None for one that does not rotate, or that is left to do it itself.
         reason: why the model was left as it was; None if it was not.
+        length_rule: how frequencies depend on a request's length; None if they do not.
+
+    Raises:
+        UnsupportedModelError: they do, and the model was left as it was: it takes them from the longest request.
     """
 
     def __init__(self, model: PreTrainedModel, modules: Sequence[nn.Module]):
         self._patched: list[nn.Module] = []
         self._norms: list[tuple[nn.Module, Tensor]] = []
         self.rotaries: list[Rotary | None] = [None] * len(modules)
+        self.length_rule: LengthRule | None = None
         try:
             with _uneven_norms(modules):
                 self.reason = self._take_over(model)
@@ -51,6 +58,11 @@ class RotaryTakeover:
             raise
         if self.reason is not None:
             self.detach()
+        if self.reason is not None and self.length_rule is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} takes rotary frequencies from the longest row of a batch, so requests would "
+                f"change each other, and its layers cannot rotate instead: {self.reason}"
+            )
 
     def check(self) -> None:
         """Raises InvalidArgumentError if a norm's weight is no longer the one that the layers read."""
@@ -70,31 +82,37 @@ class RotaryTakeover:
         self.rotaries = [None] * len(self.rotaries)
 
     def _take_over(self, model: PreTrainedModel) -> str | None:
-        before = probe(model, POSITIONS)
         embeddings = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
         if len(embeddings) != 1:
             return f"the model has {len(embeddings)} rotary embeddings"
-        inv_freq, scaling = embeddings[0].inv_freq, float(getattr(embeddings[0], "attention_scaling", 1.0))
-        if 2 * inv_freq.numel() > before[0].query.shape[3]:
-            return f"{2 * inv_freq.numel()} dims would be rotated, a head has {before[0].query.shape[3]}"
+        embedding, at = embeddings[0], [(POSITIONS, None)]
+        self.length_rule, scaling = length_rule(embedding), float(getattr(embedding, "attention_scaling", 1.0))
+        threshold = 0 if self.length_rule is None else self.length_rule.threshold
+        if self.length_rule is not None:
+            at.insert(0, ((POSITIONS[0], threshold + 1), threshold + 2))  # first, since the other resets the embedding
+        inv_freq = frequencies(embedding, self.length_rule, max(max_positions(model) or 0, threshold + 2))
+        probed = [probe(model, positions) for positions, _ in at]
+        before = probed[-1]
+        if 2 * inv_freq.shape[-1] > before[0].query.shape[3]:
+            return f"{2 * inv_freq.shape[-1]} dims would be rotated, a head has {before[0].query.shape[3]}"
         if not all(tensor.any() for call in before for tensor in (call.query, call.key)):
             return "queries or keys are zero, so nothing can be told of them"
         for call in before:
             if reason := self._patch(call.module):
                 return reason
+        if self.length_rule is not None:
+            self._put(embedding, _no_angles)
         try:
             after = probe(model, POSITIONS)
         except UnsupportedModelError as error:
             return str(error)
-        positions = torch.tensor(POSITIONS, device=inv_freq.device)
-        for layer, (raw, done) in enumerate(zip(after, before, strict=True)):
+        for layer, (raw, *done) in enumerate(zip(after, *probed, strict=True)):
             norms = [norm for name in NORMS if (norm := getattr(raw.module, name, None)) in self._patched]
             weights = [norm.weight for norm in norms] or [None, None]
-            rotary = Rotary(inv_freq, scaling, *weights, norms[0].variance_epsilon if norms else 0.0)
-            q_NHD, k_NHD = rotary.rotate(_packed(raw.query), _packed(raw.key), positions)
-            if _agree(q_NHD, _packed(done.query)) and _agree(k_NHD, _packed(done.key)):
+            rotary = Rotary(inv_freq, threshold, scaling, *weights, norms[0].variance_epsilon if norms else 0.0)
+            if all(_rotates(rotary, raw, *each) for each in zip(done, at, strict=True)):
                 self.rotaries[layer] = rotary
-            elif norms or not (_agree(raw.query, done.query) and _agree(raw.key, done.key)):
+            elif norms or not all(_agree(raw.query, x.query) and _agree(raw.key, x.key) for x in done):
                 return f"layer {layer} norms or rotates in a way of its own"
         return None
 
@@ -136,7 +154,15 @@ def _norm_forward(norm: nn.Module, x: Tensor) -> Tensor:
     return x if is_ours else type(norm).forward(norm, x)
 
 
-_forward.__name__ = _norm_forward.__name__ = "forward"  # pickle looks methods up by it, and finds the class's
+def _no_angles(embedding: nn.Module, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    """Nothing, which our layers do not read; transformers' own would look at the positions on the host."""
+    if embedding.config._attn_implementation not in IMPLEMENTATIONS:
+        return type(embedding).forward(embedding, x, *args, **kwargs)
+    return x.new_zeros(1), x.new_zeros(1)
+
+
+# Pickle looks methods up by their names, and finds the class's.
+_forward.__name__ = _norm_forward.__name__ = _no_angles.__name__ = "forward"
 
 
 def _pass_through(q: Tensor, k: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -169,6 +195,15 @@ def _is_head_norm(norm: nn.Module | None, head_dim: int | None) -> bool:
 
 def _packed(x_1HND: Tensor) -> Tensor:
     return x_1HND[0].transpose(0, 1)
+
+
+def _rotates(rotary: Rotary, raw: Call, done: Call, at: tuple[tuple[int, int], int | None]) -> bool:
+    """Whether it makes of raw queries and keys, at two positions in a row of a length, what the model made of them."""
+    positions, length = at
+    positions_N = torch.tensor(positions, device=rotary.inv_freq.device)
+    lengths_N = None if length is None else torch.full_like(positions_N, length)
+    q_NHD, k_NHD = rotary.rotate(_packed(raw.query), _packed(raw.key), positions_N, lengths_N)
+    return _agree(q_NHD, _packed(done.query)) and _agree(k_NHD, _packed(done.key))
 
 
 def _agree(ours: Tensor, theirs: Tensor) -> bool:

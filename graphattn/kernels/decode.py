@@ -18,9 +18,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from . import chain, rotate
 from .axes import along
+from .heads import frequencies, ready
 
-follow, cos_sin, rotated = (gluon.jit(each.fn) for each in (chain.follow, rotate.cos_sin, rotate.rotated))
-other_of = gluon.jit(rotate.other_of.fn)
+follow, frequencies_at = (gluon.jit(each.fn) for each in (chain.follow, rotate.frequencies_at))
 TOKENS = gl.constexpr(16)  # N
 _NONE = gl.constexpr(-1e30)  # a maximum over nothing; infinity less itself would be nan
 
@@ -62,54 +62,6 @@ def _fetch(keys, values, stage, caches, page_SN1, at_SN1, end, d_11D, PAGE: gl.c
     async_copy.commit_group()
     async_copy.async_copy_global_to_shared(values.index(stage), v_cache + slot_SN1 + d_11D, mask=inside)
     async_copy.commit_group()
-
-
-@gluon.jit
-def _frequencies(inv_freq, d_1L, TURNED: gl.constexpr):
-    """Of the dims of the low half and of the high one; 0 for those that do not turn."""
-    HALF: gl.constexpr = d_1L.shape[1]
-    if TURNED == HALF:
-        low = gl.load(inv_freq + d_1L)
-        return low, low
-    low = gl.load(inv_freq + d_1L % TURNED, mask=d_1L < 2 * TURNED, other=0.0)
-    return low, gl.load(inv_freq + (HALF + d_1L) % TURNED, mask=HALF + d_1L < 2 * TURNED, other=0.0)
-
-
-@gluon.jit
-def _turned(own, other, cos, sin, d_1L, scaling, TURNED: gl.constexpr):
-    """Dims of a head of which the first 2 * TURNED turn, with the other ones of their pairs."""
-    turned = own * cos + gl.where(d_1L < TURNED, -other, other) * sin
-    return gl.where(d_1L < 2 * TURNED, turned * scaling, own)
-
-
-@gluon.jit
-def _ready(at, mask, weight, last, TURNED: gl.constexpr, HAS_NORM: gl.constexpr, FAST: gl.constexpr):
-    """Heads [G or 1, L] at `at`, low and high halves, normed and rotated to the position of the row's last token."""
-    length, frequencies, scaling, eps, d_1L = last
-    HALF: gl.constexpr = d_1L.shape[1]
-    low, high = gl.load(at, mask=mask, other=0.0), gl.load(at + HALF, mask=mask, other=0.0)
-    wide_low, wide_high = low.to(gl.float32), high.to(gl.float32)
-    if HAS_NORM:
-        square = gl.sum(wide_low * wide_low, 1) + gl.sum(wide_high * wide_high, 1)
-        unit = gl.expand_dims(gl.rsqrt(square / (2 * HALF) + eps), 1)
-        wide_low = wide_low * unit * gl.load(weight + d_1L).to(gl.float32)
-        wide_high = wide_high * unit * gl.load(weight + HALF + d_1L).to(gl.float32)
-    position = (length - 1).to(gl.float32)
-    cos, sin = cos_sin(position * frequencies[0], FAST)
-    if TURNED == HALF:
-        wide_low, wide_high = rotated(wide_low, wide_high, cos * scaling, sin * scaling)
-    else:
-        high_1L = HALF + d_1L
-        low_by, high_by = other_of(d_1L, TURNED) - d_1L, other_of(high_1L, TURNED) - high_1L
-        low_other = gl.load(at + low_by, mask=mask, other=0.0).to(gl.float32)
-        high_other = gl.load(at + HALF + high_by, mask=mask, other=0.0).to(gl.float32)
-        if HAS_NORM:
-            low_other = low_other * unit * gl.load(weight + d_1L + low_by).to(gl.float32)
-            high_other = high_other * unit * gl.load(weight + high_1L + high_by).to(gl.float32)
-        wide_low = _turned(wide_low, low_other, cos, sin, d_1L, scaling, TURNED)
-        cos, sin = cos_sin(position * frequencies[1], FAST)
-        wide_high = _turned(wide_high, high_other, cos, sin, high_1L, scaling, TURNED)
-    return wide_low.to(low.dtype), wide_high.to(high.dtype)
 
 
 @gluon.jit
@@ -177,12 +129,15 @@ def decode_kernel(
     scale,
     softcap,
     window,
+    threshold,
+    num_frequencies,
     rotary_scaling,
     eps,
     GROUP: gl.constexpr,
     HEADS: gl.constexpr,
     HALF: gl.constexpr,
     TURNED: gl.constexpr,
+    DEPENDS: gl.constexpr,
     PAGE: gl.constexpr,
     WARPS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -244,15 +199,17 @@ def decode_kernel(
         d_1L = gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, heads)), 0)
         g_G1 = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, heads)), 1)
         if HAS_ROTARY:
-            frequencies = _frequencies(inv_freq, d_1L, TURNED)
+            if DEPENDS:
+                inv_freq += frequencies_at(length, threshold, num_frequencies) * TURNED
+            turns = frequencies(inv_freq, d_1L, TURNED)
         if CHAINED:
             follow()
 
         q_at = q + row * stride_q + (head * GROUP + g_G1) * DIM + d_1L
         is_head = (g_G1 < GROUP) & (d_1L < HALF)
         if HAS_ROTARY:
-            last = (length, frequencies, rotary_scaling, eps, d_1L)
-            q_GL, q_GH = _ready(q_at, is_head, q_weight, last, TURNED, HAS_NORM, CHAINED)
+            last = (length, turns, rotary_scaling, eps, d_1L)
+            q_GL, q_GH = ready(q_at, is_head, q_weight, last, TURNED, HAS_NORM, CHAINED)
         else:
             q_GL, q_GH = gl.load(q_at, mask=is_head, other=0.0), gl.load(q_at + HALF, mask=is_head, other=0.0)
         q_GD = gl.reshape(gl.permute(gl.join(q_GL, q_GH), [0, 2, 1]), [16, DIM])
@@ -264,7 +221,7 @@ def decode_kernel(
         if split == used - 1:
             k_at = k + row * stride_k + head * DIM + d_1L
             if HAS_ROTARY:
-                k_1L, k_1H = _ready(k_at, d_1L < HALF, k_weight, last, TURNED, HAS_NORM, CHAINED)
+                k_1L, k_1H = ready(k_at, d_1L < HALF, k_weight, last, TURNED, HAS_NORM, CHAINED)
             else:
                 k_1L, k_1H = gl.load(k_at), gl.load(k_at + HALF)
             page = gl.load(table + (length - 1) // PAGE).to(gl.int64)

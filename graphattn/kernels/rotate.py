@@ -13,14 +13,18 @@ from torch import Tensor
 from ..rope import Rotary
 
 
-def rotate(rotary: Rotary, q_NHD: Tensor, k_NKD: Tensor, positions_N: Tensor) -> tuple[Tensor, Tensor]:
+def rotate(
+    rotary: Rotary, q_NHD: Tensor, k_NKD: Tensor, positions_N: Tensor, lengths_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """What `Rotary.rotate` computes, in float32 throughout and rounded once; heads of a token must lie together."""
-    weights = (rotary.q_weight, rotary.k_weight)
-    q, k = (_rotate(rotary, x, weight, positions_N) for x, weight in zip((q_NHD, k_NKD), weights, strict=True))
+    weights, where = (rotary.q_weight, rotary.k_weight), (positions_N, lengths_N)
+    q, k = (_rotate(rotary, x, weight, *where) for x, weight in zip((q_NHD, k_NKD), weights, strict=True))
     return q, k
 
 
-def _rotate(rotary: Rotary, x_NHD: Tensor, weight_D: Tensor | None, positions_N: Tensor) -> Tensor:
+def _rotate(
+    rotary: Rotary, x_NHD: Tensor, weight_D: Tensor | None, positions_N: Tensor, lengths_N: Tensor | None
+) -> Tensor:
     num_tokens, num_heads, head_dim = x_NHD.shape
     if x_NHD.stride()[1:] != (head_dim, 1):
         x_NHD = x_NHD.contiguous()
@@ -30,15 +34,19 @@ def _rotate(rotary: Rotary, x_NHD: Tensor, weight_D: Tensor | None, positions_N:
             x_NHD,
             out_NHD,
             positions_N,
+            lengths_N if rotary.depends_on_length else None,
             rotary.inv_freq,
             weight_D,
             x_NHD.stride(0),
+            rotary.threshold,
+            len(rotary.inv_freq) if rotary.depends_on_length else 1,
             rotary.scaling,
             rotary.eps,
             HEADS=num_heads,
             ROWS=triton.next_power_of_2(num_heads),
             HALF=head_dim // 2,
-            TURNED=rotary.inv_freq.numel(),
+            TURNED=rotary.num_turned,
+            DEPENDS=rotary.depends_on_length,
             HAS_NORM=weight_D is not None,
             FAST=x_NHD.is_cuda,
         )
@@ -71,19 +79,29 @@ def other_of(d, TURNED: tl.constexpr):
 
 
 @triton.jit
+def frequencies_at(length, threshold, num_frequencies):
+    """Which row of frequencies that depend on the length is for rows of that length."""
+    return tl.minimum(tl.maximum(length - threshold, 0), num_frequencies - 1)
+
+
+@triton.jit
 def _rotate_kernel(
     x,
     out,
     positions,
+    lengths,
     inv_freq,
     weight,
     stride,
+    threshold,
+    num_frequencies,
     scaling,
     eps,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     HALF: tl.constexpr,
     TURNED: tl.constexpr,
+    DEPENDS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     FAST: tl.constexpr,
 ):
@@ -96,7 +114,13 @@ def _rotate_kernel(
         unit_H = tl.rsqrt((tl.sum(x_HL * x_HL, 1) + tl.sum(x_HR * x_HR, 1)) / (2 * HALF) + eps)
         x_HL = x_HL * unit_H[:, None] * tl.load(weight + d).to(tl.float32)[None, :]
         x_HR = x_HR * unit_H[:, None] * tl.load(weight + HALF + d).to(tl.float32)[None, :]
-    position = tl.load(positions + token).to(tl.float32)
+    position = tl.load(positions + token)
+    if DEPENDS:
+        length = position + 1
+        if lengths is not None:
+            length = tl.load(lengths + token)
+        inv_freq += frequencies_at(length, threshold, num_frequencies) * TURNED
+    position = position.to(tl.float32)
     if TURNED == HALF:
         cos, sin = cos_sin(position * tl.load(inv_freq + d), FAST)
         x_HL, x_HR = rotated(x_HL, x_HR, (cos * scaling)[None, :], (sin * scaling)[None, :])

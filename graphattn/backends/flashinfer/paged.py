@@ -32,6 +32,7 @@ class PagedPlan:
     def _read(self, batch: Batch) -> None:
         """Keeps where this batch's rows, positions and pages lie on the device."""
         self._rows_N, self._positions_N, self._csr = batch.rows_N, batch.positions_N, batch.groups[self._group]
+        self._lengths_N = batch.lengths_N
 
     def attend(
         self,
@@ -45,7 +46,7 @@ class PagedPlan:
         if rotary is not None:
             from ...kernels.rotate import rotate
 
-            q_NHD, k_NKD = rotate(rotary, q_NHD, k_NKD, self._positions_N)
+            q_NHD, k_NKD = rotate(rotary, q_NHD, k_NKD, self._positions_N, self._lengths_N)
         csr, pages = self._csr, (k_cache, v_cache)
         table = (csr.indices_P, csr.indptr_B1, csr.last_page_len_B)
         append_paged_kv_cache(k_NKD, v_NKD, self._rows_N, self._positions_N, pages, *table, kv_layout=self._layout)

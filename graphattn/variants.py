@@ -74,6 +74,10 @@ class Variant:
         logits, mask, sink, output_scale: the twins.
         num_heads: query heads that the tensors are for; None for any number.
 
+    Attributes:
+        kinds: dtype and shape of each tensor, as declared.
+        digest: the name, and a hash of all that is compiled or constant.
+
     Raises:
         InvalidArgumentError: a name that C++ or Python cannot have or that is taken, a tensor of another dtype or not
             contiguous, a scalar that is no finite number, a function without its twin or a twin without its function.
@@ -100,6 +104,7 @@ class Variant:
     sink: Callable[..., Tensor] | None = field(default=None, kw_only=True)
     output_scale: Callable[..., Tensor] | None = field(default=None, kw_only=True)
     num_heads: int | None = field(default=None, kw_only=True)
+    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(init=False)
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +125,9 @@ class Variant:
         # Copies: what a spec is compared and hashed by must not change.
         object.__setattr__(self, "tensors", dict(self.tensors))
         object.__setattr__(self, "scalars", {name: float(number) for name, number in self.scalars.items()})
-        kinds = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in self.tensors.items()]
+        # A parameter that is cast is the same tensor with another dtype; what the kernels read is the declared one.
+        kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
+        object.__setattr__(self, "kinds", kinds)
         content = repr((self.declaration, kinds, self.scalars, self.hooks, self.num_heads))
         object.__setattr__(self, "digest", f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}")
 
@@ -172,11 +179,12 @@ class Variant:
         """
         if len(values) != len(self.tensors):
             raise InvalidArgumentError(f"variant {self.name} takes {[*self.tensors]}, given are {len(values)} tensors")
-        for (name, declared), given in zip(self.tensors.items(), values, strict=True):
+        for (name, (dtype, shape)), given in zip(self.kinds.items(), values, strict=True):
             what = f"tensor {name} of variant {self.name}"
-            if given.dtype != declared.dtype or given.shape != declared.shape:
+            if given.dtype != dtype or given.shape != shape:
                 raise InvalidArgumentError(
-                    f"{what} is {list(given.shape)} {given.dtype}, declared is {list(declared.shape)} {declared.dtype}"
+                    f"{what} is {list(given.shape)} {given.dtype}, declared is {list(shape)} {dtype}: keep it so, or "
+                    "make the variant of tensors that are cast already"
                 )
             if given.device != device:
                 raise InvalidArgumentError(f"{what} is on {given.device}, the step on {device}: move the layer there")

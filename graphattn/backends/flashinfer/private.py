@@ -90,10 +90,7 @@ def load_variant(spec: AttentionSpec, cache: CacheSpec):
     try:
         return _variant_module(variant.arguments(spec, cache.dtype))
     except Exception as error:
-        raise BackendError(
-            f"variant {spec.variant.name} could not be compiled or loaded for {cache.dtype}, "
-            f"head_dim {spec.head_dim}:\n{variant.last_lines(f'{type(error).__name__}: {error}')}"
-        ) from error
+        raise variant.not_compiled(spec, cache.dtype, error) from error
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...errors import BackendError
 from ...spec import AttentionSpec
 from ...variants import C_TYPES
 
@@ -45,7 +46,7 @@ def arguments(spec: AttentionSpec, dtype: torch.dtype) -> Arguments:
     rest = (
         *(dtype, dtype, dtype, torch.int32, spec.head_dim, spec.head_dim),
         tuple(f"variant_{name}" for name in variant.tensors),
-        tuple(C_TYPES[tensor.dtype] for tensor in variant.tensors.values()),
+        tuple(C_TYPES[dtype] for dtype, _ in variant.kinds.values()),
         names,
         ("double",) * len(names),
         f"Graphattn{variant.name}",
@@ -70,7 +71,7 @@ def struct(spec: AttentionSpec) -> str:
     variant = spec.variant
     has = {hook: hook in variant.hooks for hook in ("logits", "mask", "sink", "output_scale")}
     name, functions = f"Graphattn{variant.name}", f"Graphattn{variant.name}Functions"
-    members = [f"const {C_TYPES[tensor.dtype]}* {each};" for each, tensor in variant.tensors.items()]
+    members = [f"const {C_TYPES[dtype]}* {each};" for each, (dtype, _) in variant.kinds.items()]
     members += [f"float {each};" for each in variant.scalars]
     reads = [f"functions.{each} = params.variant_{each};" for each in (*variant.tensors, *variant.scalars)]
     if spec.softcap is not None:
@@ -148,11 +149,15 @@ def _lines(statements: list[str], indent: int) -> str:
     return ("\n" + " " * indent).join(statements)
 
 
-def last_lines(output: str) -> str:
-    """What a compiler said last, without the build tool's lines around it and the commands it ran."""
-    lines = [line for line in output.splitlines() if line.strip() and not _is_of_ninja(line)]
-    return "\n".join(lines[-MAX_LINES:])
+def not_compiled(spec: AttentionSpec, dtype: torch.dtype, error: Exception) -> BackendError:
+    """The error that names the variant and has the compiler's last lines, without the build tool's around them."""
+    lines = f"{type(error).__name__}: {error}".splitlines()
+    said = [line for line in lines if line.strip() and not _is_of_the_build(line)][-MAX_LINES:]
+    return BackendError(
+        f"variant {spec.variant.name} could not be compiled or loaded for {dtype}, head_dim {spec.head_dim}; the last "
+        "lines of what was said:\n" + "\n".join(said)
+    )
 
 
-def _is_of_ninja(line: str) -> bool:
+def _is_of_the_build(line: str) -> bool:
     return line.startswith(("[", "ninja:", "FAILED:")) or " -c " in line

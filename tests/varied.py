@@ -122,10 +122,15 @@ class VariedRows(DenseRows):
         logits_HTL = case.logits(logits_HTL, query_T1, key_L, tensors).to(dtype)
         seen = (key_L <= query_T1) & (query_T1 - key_L < (spec.window or k_HLD.shape[1]))
         seen = (seen & case.visible(query_T1, key_L, tensors)).expand_as(logits_HTL)
-        weights_HTL = logits_HTL.exp() * seen
-        total_HT1, sink_H = weights_HTL.sum(-1, keepdim=True), case.sink(tensors)
+        sink_H = case.sink(tensors)
+        top_HT1 = logits_HTL.masked_fill(~seen, float("-inf")).amax(-1, keepdim=True)
         if sink_H is not None:
-            total_HT1 = total_HT1 + sink_H.exp()[:, None, None]
+            top_HT1 = torch.maximum(top_HT1, sink_H[:, None, None])
+        top_HT1 = torch.where(top_HT1.isfinite(), top_HT1, 0)
+        weights_HTL = torch.where(seen, (logits_HTL - top_HT1).exp(), 0)
+        total_HT1 = weights_HTL.sum(-1, keepdim=True)
+        if sink_H is not None:
+            total_HT1 = total_HT1 + (sink_H[:, None, None] - top_HT1).exp()
         out_HTD = (weights_HTL / torch.where(total_HT1 == 0, 1, total_HT1)) @ v_HLD
         return (out_HTD * case.gain(query_T1, tensors)).to(dtype).transpose(0, 1)
 

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from graphattn import errors, hf, memory
+    from graphattn import errors, hf, memory, variants
     from graphattn.batch import ragged_batch
     from graphattn.buckets import BucketLadder
     from graphattn.cache import KVCache
@@ -95,9 +95,10 @@ __all__ = [
     "hf",
     "memory",
     "ragged_batch",
+    "variants",
 ]
 
-_SUBMODULES = frozenset({"errors", "hf", "memory"})
+_SUBMODULES = frozenset({"errors", "hf", "memory", "variants"})
 
 _MODULE_OF = {
     "LLM": "engine.llm",

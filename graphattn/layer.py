@@ -10,6 +10,7 @@ from .cache import all_pages, first_page
 from .errors import InvalidArgumentError
 from .rope import Rotary
 from .spec import AttentionSpec
+from .variants import Variant
 
 
 class Attention(nn.Module):
@@ -27,9 +28,12 @@ class Attention(nn.Module):
         softcap: `softcap * tanh(logits / softcap)`; None for none.
         group: index of the layer group whose plan this layer runs under.
         rotary: how queries and keys are normed and rotated before they attend; None if they come as they are to be.
+        variant: what is computed beyond that; the layer keeps its tensors, each as `variant_NAME`: a parameter if it
+            was one, else a buffer, which moves with the layer and keeps its dtype. Write into them in place.
 
     Raises:
-        InvalidArgumentError: heads that do not divide, a count below 1, or more rotary frequencies than pairs.
+        InvalidArgumentError: heads that do not divide, a count below 1, more rotary frequencies than pairs, or a
+            variant for other heads.
 
     Example:
         >>> layer = Attention(num_heads=8, head_dim=64, num_kv_heads=2)
@@ -47,6 +51,7 @@ class Attention(nn.Module):
         softcap: float | None = None,
         group: int = 0,
         rotary: Rotary | None = None,
+        variant: Variant | None = None,
     ):
         super().__init__()
         self.spec = AttentionSpec(
@@ -56,6 +61,7 @@ class Attention(nn.Module):
             scale=scale,
             window=window,
             softcap=softcap,
+            variant=variant,
         )
         if rotary is not None and (rotary.inv_freq.dim() not in (1, 2) or 2 * rotary.num_turned > head_dim):
             raise InvalidArgumentError(
@@ -65,6 +71,12 @@ class Attention(nn.Module):
         self.group, self.rotary = group, rotary
         self.register_buffer("k_cache", torch.empty(0), persistent=False)
         self.register_buffer("v_cache", torch.empty(0), persistent=False)
+        self._values = () if variant is None else tuple(f"variant_{name}" for name in variant.tensors)
+        for name, tensor in zip(self._values, () if variant is None else variant.tensors.values(), strict=True):
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor, persistent=False)
 
     def bind(self, k_cache: Tensor, v_cache: Tensor) -> None:
         """Gives the layer its pages: `KVCache.layers[i]`, in the layout that the plans it runs under were made for.
@@ -92,9 +104,14 @@ class Attention(nn.Module):
     def _apply(self, fn, recurse: bool = True) -> Attention:
         """What moves or casts a module moves all of its pages; torch would take the first for all there are."""
         pages = [all_pages(page) for page in (self.k_cache, self.v_cache) if page.dim() == 4]
+        buffers = {name: getattr(self, name) for name in self._values if name in self._buffers}
         super()._apply(fn, recurse)
         if pages:
             self.bind(*map(fn, pages))
+        for name, buffer in buffers.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:  # kernels are compiled for the dtype that the variant declares
+                setattr(self, name, buffer.to(moved.device))
         return self
 
     def unbind(self) -> None:
@@ -126,11 +143,16 @@ class Attention(nn.Module):
         if not q.shape[0] == k.shape[0] == v.shape[0]:
             raise InvalidArgumentError(f"q has {q.shape[0]} tokens, k {k.shape[0]}, v {v.shape[0]}: make them equal")
         tensors, rotary = (q, k, v, self.k_cache, self.v_cache), self.rotary
+        turn = ()
+        if rotary is not None:
+            norms = (rotary.q_weight, rotary.k_weight, rotary.eps)
+            turn = (rotary.inv_freq, rotary.scaling, *norms, rotary.threshold)
+        if spec.variant is not None:
+            values = [getattr(self, name) for name in self._values]
+            return torch.ops.graphattn.variant_attend(*tensors, self.group, spec.variant.digest, values, *turn)
         if rotary is None:
             return torch.ops.graphattn.attend(*tensors, self.group)
-        turns = (rotary.inv_freq, rotary.threshold, rotary.scaling)
-        norms = (rotary.q_weight, rotary.k_weight, rotary.eps)
-        return torch.ops.graphattn.rotary_attend(*tensors, self.group, *turns, *norms)
+        return torch.ops.graphattn.rotary_attend(*tensors, self.group, *turn)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, group={self.group}"

@@ -4,7 +4,8 @@
 compiled step has no graph break (FlashInfer's own calls have one each: flashinfer-ai/flashinfer#2733) and no copy of
 the cache (an append in traced code costs one). It takes no layer number, so one compiled layer serves all, and one page
 for the whole cache (`cache.all_pages`), so a compiled layer serves caches of any size.
-`rotary_attend` takes queries and keys as they leave their projections, and norms and rotates them too.
+`rotary_attend` takes queries and keys as they leave their projections, and norms and rotates them too. `variant_attend`
+is either for layers with a variant: it takes the layer's tensors, and the digest of the variant that they are for.
 
 `torch.ops.graphattn.linear(x, weight, ...) -> out` is a linear layer with the norm before it, and the gate and residual
 after it, by one kernel of ours where rows are few. How many they are is looked at in each call, so one compiled step
@@ -42,7 +43,15 @@ def active_plans(plans: Sequence[Plan]) -> Iterator[None]:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, group: int, rotary: Rotary | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    group: int,
+    rotary: Rotary | None = None,
+    variant: str | None = None,
+    values: Sequence[Tensor] = (),
 ) -> Tensor:
     plans = _active.get()
     if plans is None:
@@ -62,7 +71,17 @@ def _attend(
             f"the cache has pages of {list(k_cache.shape[1:])}, the plan was made for {list(plan.page_shape)}: "
             "give both the same CacheSpec (page_size and layout)"
         )
-    return plan.attend(q, k, v, all_pages(k_cache), all_pages(v_cache), rotary)
+    tensors = (q, k, v, all_pages(k_cache), all_pages(v_cache), rotary)
+    if variant is None and plan.variant is None:
+        return plan.attend(*tensors)
+    planned = None if plan.variant is None else plan.variant.digest
+    if variant != planned:
+        raise InvalidArgumentError(
+            f"the layer has variant {variant}, the plan of group {group} was made for {planned}: give Planner the "
+            "layer's spec, and layers with other variants groups of their own"
+        )
+    plan.variant.check(values, q.device)
+    return plan.attend(*tensors, [value.detach() for value in values])
 
 
 def _rotary_attend(
@@ -73,13 +92,33 @@ def _rotary_attend(
     v_cache: Tensor,
     group: int,
     inv_freq: Tensor,
-    threshold: int,
     scaling: float,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
+    threshold: int,
 ) -> Tensor:
-    return _attend(q, k, v, k_cache, v_cache, group, Rotary(inv_freq, threshold, scaling, q_weight, k_weight, eps))
+    return _attend(q, k, v, k_cache, v_cache, group, Rotary(inv_freq, scaling, q_weight, k_weight, eps, threshold))
+
+
+def _variant_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    group: int,
+    variant: str,
+    values: Sequence[Tensor],
+    inv_freq: Tensor | None = None,
+    scaling: float = 1.0,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    threshold: int = 0,
+) -> Tensor:
+    rotary = None if inv_freq is None else Rotary(inv_freq, scaling, q_weight, k_weight, eps, threshold)
+    return _attend(q, k, v, k_cache, v_cache, group, rotary, variant, values)
 
 
 def _linear(
@@ -153,14 +192,18 @@ def _linear_pair_fake(
     return total, _linear_fake(total, next_weight, gated=gated)
 
 
-def _attend_fake(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, group: int, *rotary) -> Tensor:
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, group: int, *others) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 # Library.define costs 2-3 us a call where torch.library.custom_op costs 20-28.
 _library = torch.library.Library("graphattn", "DEF")
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, int group"
-_ROTARY = "Tensor inv_freq, int threshold, float scaling, Tensor? q_weight, Tensor? k_weight, float eps"
+_ROTARY = "Tensor inv_freq, float scaling, Tensor? q_weight, Tensor? k_weight, float eps, int threshold"
+_VARIANT = (
+    "str variant, Tensor[] values, Tensor? inv_freq=None, float scaling=1.0, Tensor? q_weight=None, "
+    "Tensor? k_weight=None, float eps=0.0, int threshold=0"
+)
 _LINEAR = (
     "Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm=None, float eps=0.0, bool gated=False, "
     "Tensor? residual=None"
@@ -172,6 +215,7 @@ _LINEAR_PAIR = (
 for _name, _schema, _function, _fake in (
     ("attend", f"({_ARGUMENTS}) -> Tensor", _attend, _attend_fake),
     ("rotary_attend", f"({_ARGUMENTS}, {_ROTARY}) -> Tensor", _rotary_attend, _attend_fake),
+    ("variant_attend", f"({_ARGUMENTS}, {_VARIANT}) -> Tensor", _variant_attend, _attend_fake),
     ("linear", f"({_LINEAR}) -> Tensor", _linear, _linear_fake),
     ("linear_pair", f"({_LINEAR_PAIR}) -> (Tensor, Tensor)", _linear_pair, _linear_pair_fake),
 ):

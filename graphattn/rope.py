@@ -19,18 +19,18 @@ class Rotary:
             R is D, or less where only the first dims of a head are rotated (Phi, GPT-NeoX). Or `[F, R / 2]` where the
             frequencies depend on how long a row is (dynamic NTK, longrope): row `length - threshold` of it, the first
             for shorter rows and the last for longer ones.
-        threshold: length from which frequencies change; counts only where they depend on it.
         scaling: multiplies cosines and sines (YaRN's attention factor), 1.0 for most types.
         q_weight, k_weight: `[D]` weights of the norms; None for no norm.
         eps: of the norms.
+        threshold: length from which frequencies change; counts only where they depend on it.
     """
 
     inv_freq: Tensor
-    threshold: int = 0
     scaling: float = 1.0
     q_weight: Tensor | None = None
     k_weight: Tensor | None = None
     eps: float = 0.0
+    threshold: int = 0
 
     @property
     def num_turned(self) -> int:

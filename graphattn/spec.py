@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import InvalidArgumentError
+from .variants import Variant
 
 LAYOUTS = ("NHD", "HND")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -25,9 +26,11 @@ class AttentionSpec:
         window: how many of the latest keys a query sees, itself included; None for all of them.
             FlashInfer's `window_left` is `window - 1`.
         softcap: logits become `softcap * tanh(logits / softcap)`; None for none.
+        variant: what is computed beyond that, after scale and softcap and beside the window; None for nothing.
 
     Raises:
-        InvalidArgumentError: a count is below 1, or the query heads are no multiple of the kv heads.
+        InvalidArgumentError: a count is below 1, the query heads are no multiple of the kv heads, or the variant is for
+            another number of heads.
     """
 
     num_heads: int
@@ -36,6 +39,7 @@ class AttentionSpec:
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
+    variant: Variant | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_dim"):
@@ -54,6 +58,13 @@ class AttentionSpec:
             raise InvalidArgumentError(f"window={self.window}: it counts the token itself, so it is at least 1")
         if self.softcap is not None and not self.softcap > 0:
             raise InvalidArgumentError(f"softcap={self.softcap}: it must be positive, or None for no cap")
+        if self.variant is not None and not isinstance(self.variant, Variant):
+            raise InvalidArgumentError(f"variant={self.variant!r}: give a graphattn.variants.Variant, or None for none")
+        if self.variant is not None and self.variant.num_heads not in (None, self.num_heads):
+            raise InvalidArgumentError(
+                f"variant {self.variant.name} is for {self.variant.num_heads} heads, num_heads is {self.num_heads}: "
+                "give its tensors one entry for each query head"
+            )
 
     @property
     def group_size(self) -> int:

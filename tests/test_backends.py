@@ -222,7 +222,7 @@ def test_norm_and_rotation_in_the_kernel(head_dim: int, layout: str, has_norm: b
         state.feed(5)
         norms = [weight.to(dtype) for weight in weights] if has_norm else [None, None]
         with active_plans(plan.groups):
-            layer = Attention(4, head_dim, num_kv_heads=2, rotary=Rotary(inv_freq, 0, 1.2, *norms, 1e-6))
+            layer = Attention(4, head_dim, num_kv_heads=2, rotary=Rotary(inv_freq, 1.2, *norms, 1e-6))
             layer.bind(*pages)
             out = layer(*(tensor.to(dtype) for tensor in rows.packed))
         return out, pages[0].nan_to_num(0.0)
@@ -303,7 +303,7 @@ def test_norm_and_rotation_before_prefill(head_dim: int, turned: int, by_length:
     inv_freq = torch.stack((inv_freq, inv_freq * 0.5, inv_freq * 0.2)) if by_length else inv_freq
     lengths = positions + torch.randint(1, 1000, (700,), generator=generator, dtype=torch.int32).cuda()
     rotary, exact = (
-        Rotary(inv_freq, 1 << 19, 1.2, *([weight.to(dtype) for weight in weights] if has_norm else [None, None]), 1e-6)
+        Rotary(inv_freq, 1.2, *([weight.to(dtype) for weight in weights] if has_norm else [None, None]), 1e-6, 1 << 19)
         for dtype in (torch.bfloat16, torch.float32)
     )
     found = (

@@ -70,7 +70,7 @@ def test_norms_and_rotates(heads: str, head_dim: int, turned: int, by_length: bo
         inv_freq = torch.stack((inv_freq, inv_freq * 0.5, inv_freq * 0.2))
 
     def rotary(dtype: torch.dtype) -> Rotary:
-        return Rotary(inv_freq, 39, 1.2, *([each.to(dtype) for each in weights] if has_norm else [None, None]), 1e-6)
+        return Rotary(inv_freq, 1.2, *([each.to(dtype) for each in weights] if has_norm else [None, None]), 1e-6, 39)
 
     def reference(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         rows = new_rows(heads, head_dim)

@@ -112,6 +112,37 @@ def test_rope_page() -> None:
         assert torch.equal(*found)
 
 
+def variants_page(device: str, dtype: torch.dtype) -> dict:
+    """The page's names after its code ran, its tensors and layer in another place or dtype if asked."""
+    variant, layer = code("variants.md")
+    layer = layer.replace(
+        "layer = ga.Attention(", f"q, k, v = (x.to({device!r}, {dtype}) for x in (q, k, v))\nlayer = ga.Attention("
+    )
+    layer = layer.replace("variant=temperature)", f"variant=temperature).to({device!r})")
+    names: dict = {}
+    exec(variant + layer, names)
+    return names
+
+
+def check_variants_page(names: dict, tolerance: float) -> None:
+    q, k, v = (names[name].double().transpose(0, 1) for name in "qkv")
+    for temperatures, found in (([0.5, 1, 2, 4], names["answer"]), ([1, 2, 4, 8], names["warmer"])):
+        divided = q / torch.tensor(temperatures, dtype=torch.float64, device=q.device)[:, None, None]
+        options = {"is_causal": True, "enable_gqa": True}
+        right = F.scaled_dot_product_attention(divided[None], k[None], v[None], **options)[0].transpose(0, 1)
+        torch.testing.assert_close(found.double(), right, rtol=0, atol=tolerance)
+
+
+def test_variants_page() -> None:
+    check_variants_page(variants_page("cpu", torch.float64), 1e-6)  # the temperatures are float32
+    check_variants_page(variants_page("cpu", torch.float32), 1e-5)
+
+
+@pytest.mark.gpu
+def test_variants_page_in_kernels() -> None:
+    check_variants_page(variants_page("cuda", torch.bfloat16), 0.03)
+
+
 def test_links_point_at_files() -> None:
     for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):

@@ -27,9 +27,9 @@ PACKAGE = ROOT / "graphattn"
 # A module may import what stands above it and never what stands below. A new module gets its place here.
 ORDER = (
     "errors",
+    "variants",
     "spec",
     "rope",
-    "variants",
     "buckets",
     "document",
     "traffic",

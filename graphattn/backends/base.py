@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from ..batch import Batch
 from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
+from ..variants import Variant
 
 PREFILL_KERNELS = ("auto", "fa2", "fa3")  # "auto" is what suits each batch
 
@@ -22,9 +24,11 @@ class Plan(Protocol):
 
     Attributes:
         page_shape: what it takes the pages of a cache to be, `CacheSpec.page_shape`.
+        variant: that of the layer group.
     """
 
     page_shape: tuple[int, int, int]
+    variant: Variant | None
 
     @property
     def signature(self) -> tuple:
@@ -43,8 +47,12 @@ class Plan(Protocol):
         k_cache: Tensor,
         v_cache: Tensor,
         rotary: Rotary | None = None,
+        values: Sequence[Tensor] = (),
     ) -> Tensor:
         """Norms and rotates queries and keys if asked to, appends keys and values, and attends causally over each row.
+
+        Args:
+            values: the layer's tensors of its variant, in the order of `Variant.tensors`.
 
         Returns:
             `[N, H, D]`.

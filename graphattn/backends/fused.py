@@ -5,6 +5,7 @@ Suffix letters: N tokens (one a row), H query heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -37,6 +38,8 @@ class FusedBackend:
     @staticmethod
     def rejections(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> list[str]:
         reasons = [f"its prefill: {reason}" for reason in FlashInferBackend.rejections(spec, cache, device)]
+        if spec.variant is not None:
+            reasons.append(f"variant {spec.variant.name}: its decode kernel computes none")
         if spec.head_dim not in HEAD_DIMS:
             reasons.append(f"head_dim {spec.head_dim}: its decode kernel is for {', '.join(map(str, HEAD_DIMS))}")
         if not has_gluon():
@@ -121,7 +124,7 @@ class DecodePlan:
         workspace: tuple[Tensor, Tensor, Tensor],
     ):
         self._group, self._spec, self._cache, self._workspace = group, spec, cache, workspace
-        self.page_shape = cache.page_shape(spec)
+        self.page_shape, self.variant = cache.page_shape(spec), spec.variant
         self._split = split(bucket, spec)
 
     @property
@@ -139,6 +142,7 @@ class DecodePlan:
         k_cache: Tensor,
         v_cache: Tensor,
         rotary: Rotary | None = None,
+        values: Sequence[Tensor] = (),
     ) -> Tensor:
         from ..kernels.chain import is_chained
         from ..kernels.decode import decode_kernel

@@ -6,6 +6,8 @@ D head dim, P pages, S slots in a page.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ class ReferencePlan:
 
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec):
         self._group, self._spec, self._cache = group, spec, cache
-        self.page_shape = cache.page_shape(spec)
+        self.page_shape, self.variant = cache.page_shape(spec), spec.variant
 
     def plan(self, batch: Batch) -> None:
         self._positions_N, self._lengths_N = batch.positions_N, batch.lengths_N
@@ -83,6 +85,7 @@ class ReferencePlan:
         k_cache: Tensor,
         v_cache: Tensor,
         rotary: Rotary | None = None,
+        values: Sequence[Tensor] = (),
     ) -> Tensor:
         if rotary is not None:
             q_NHD, k_NKD = rotary.rotate(q_NHD, k_NKD, self._positions_N, self._lengths_N)
@@ -94,7 +97,7 @@ class ReferencePlan:
         for rows, held_BL, kv_lens_B in self._parts:
             num_rows = len(kv_lens_B)
             q_BTHD = q_NHD[rows].unflatten(0, (num_rows, -1))
-            out_BTHD = self._attend_rows(q_BTHD, k_PSKD[held_BL], v_PSKD[held_BL], kv_lens_B)
+            out_BTHD = self._attend_rows(q_BTHD, k_PSKD[held_BL], v_PSKD[held_BL], kv_lens_B, values)
             out_NHD[rows] = out_BTHD.flatten(0, 1).to(q_NHD.dtype)
         return out_NHD
 
@@ -102,8 +105,11 @@ class ReferencePlan:
         """Page and place in the page of slots that are counted through all pages."""
         return slots // self._cache.page_size, slots % self._cache.page_size
 
-    def _attend_rows(self, q_BTHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, kv_lens_B: Tensor) -> Tensor:
+    def _attend_rows(
+        self, q_BTHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, kv_lens_B: Tensor, values: Sequence[Tensor]
+    ) -> Tensor:
         spec, dtype = self._spec, torch.promote_types(q_BTHD.dtype, torch.float32)
+        named = None if spec.variant is None else spec.variant.namespace(values, dtype)
         num_queries, num_keys = q_BTHD.shape[1], k_BLKD.shape[1]
         key_L = torch.arange(num_keys, device=q_BTHD.device)
         # Slots beyond a row's length are padding of the gather: they may hold anything, NaN times zero included.
@@ -123,8 +129,14 @@ class ReferencePlan:
             hidden_BTL = key_L > position_BT[..., None]
             if spec.window is not None:
                 hidden_BTL |= key_L <= position_BT[..., None] - spec.window
-            scores_BKGTL = scores_BKGTL.masked_fill(hidden_BTL[:, None, None], float("-inf"))
-            out_BKMD = scores_BKGTL.softmax(-1).flatten(2, 3) @ v_BKLD
-            out_BKGTD = out_BKMD.unflatten(2, (spec.group_size, block))
-            blocks.append(out_BKGTD.permute(0, 3, 1, 2, 4).flatten(2, 3))
+            factor_BHT1: Tensor | float = 1.0
+            if spec.variant is None:
+                weights_BKGTL = scores_BKGTL.masked_fill(hidden_BTL[:, None, None], float("-inf")).softmax(-1)
+            else:
+                asked = (scores_BKGTL.flatten(1, 2), hidden_BTL, position_BT, named)
+                weights_BHTL, factor_BHT1 = spec.variant.weights(*asked)
+                weights_BKGTL = weights_BHTL.unflatten(1, (spec.num_kv_heads, -1))
+            out_BKMD = weights_BKGTL.flatten(2, 3) @ v_BKLD
+            out_BHTD = out_BKMD.unflatten(2, (spec.group_size, block)).flatten(1, 2) * factor_BHT1
+            blocks.append(out_BHTD.transpose(1, 2))
         return torch.cat(blocks, dim=1)

@@ -219,7 +219,7 @@ class _UnpaddedPlan:
     """A plan over the tokens of a padded batch: padding is neither appended nor attended, and comes out as zero."""
 
     def __init__(self, plan: Plan, indices_N: Tensor):
-        self._plan, self._indices_N, self.page_shape = plan, indices_N, plan.page_shape
+        self._plan, self._indices_N, self.page_shape, self.variant = plan, indices_N, plan.page_shape, plan.variant
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rotary: None = None) -> Tensor:
         out = q.new_zeros(q.shape)

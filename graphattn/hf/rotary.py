@@ -109,7 +109,7 @@ class RotaryTakeover:
         for layer, (raw, *done) in enumerate(zip(after, *probed, strict=True)):
             norms = [norm for name in NORMS if (norm := getattr(raw.module, name, None)) in self._patched]
             weights = [norm.weight for norm in norms] or [None, None]
-            rotary = Rotary(inv_freq, threshold, scaling, *weights, norms[0].variance_epsilon if norms else 0.0)
+            rotary = Rotary(inv_freq, scaling, *weights, norms[0].variance_epsilon if norms else 0.0, threshold)
             if all(_rotates(rotary, raw, *each) for each in zip(done, at, strict=True)):
                 self.rotaries[layer] = rotary
             elif norms or not all(_agree(raw.query, x.query) and _agree(raw.key, x.key) for x in done):

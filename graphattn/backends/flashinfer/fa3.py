@@ -20,6 +20,8 @@ ARRAYS = 7  # that a work list has, of one int32 per tile
 
 def why_not(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> str | None:
     """Why it cannot prefill the layer group on this device; None if it can."""
+    if spec.variant is not None:
+        return f"variant {spec.variant.name} is compiled for fa2"
     capability = torch.cuda.get_device_capability(device)
     if capability != CAPABILITY:
         asked, there = (".".join(map(str, each)) for each in (CAPABILITY, capability))

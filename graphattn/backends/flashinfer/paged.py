@@ -5,12 +5,15 @@ Shape letters: N tokens, H query heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flashinfer import append_paged_kv_cache
 from torch import Tensor
 
 from ...batch import Batch
 from ...rope import Rotary
 from ...spec import AttentionSpec, CacheSpec
+from . import private, variant
 from .workspace import PlanFence
 
 
@@ -20,6 +23,10 @@ class PagedPlan:
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, wrapper):
         self._group, self._wrapper, self._fence = group, wrapper, PlanFence(wrapper.device)
         self._layout, self.page_shape = cache.layout, cache.page_shape(spec)
+        self.variant, self._scalars = spec.variant, ()
+        if spec.variant is not None:
+            private.use(wrapper, private.load_variant(spec, cache), variant.arguments(spec, cache.dtype))
+            self._scalars = variant.scalars(spec)
         self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, cache.page_size)
         self._options = {
             "window_left": -1 if spec.window is None else spec.window - 1,
@@ -42,6 +49,7 @@ class PagedPlan:
         k_cache: Tensor,
         v_cache: Tensor,
         rotary: Rotary | None = None,
+        values: Sequence[Tensor] = (),
     ) -> Tensor:
         if rotary is not None:
             from ...kernels.rotate import rotate
@@ -50,4 +58,4 @@ class PagedPlan:
         csr, pages = self._csr, (k_cache, v_cache)
         table = (csr.indices_P, csr.indptr_B1, csr.last_page_len_B)
         append_paged_kv_cache(k_NKD, v_NKD, self._rows_N, self._positions_N, pages, *table, kv_layout=self._layout)
-        return self._wrapper.run(q_NHD, pages, out=q_NHD.new_empty(q_NHD.shape))
+        return self._wrapper.run(q_NHD, pages, *values, *self._scalars, out=q_NHD.new_empty(q_NHD.shape))

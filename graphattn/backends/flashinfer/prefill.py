@@ -6,6 +6,7 @@ Shape letters: N tokens, B rows, H query heads, K kv heads, D head dim.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -38,7 +39,7 @@ class RaggedPlan:
         self, group: int, spec: AttentionSpec, cache: CacheSpec, workspace: Workspace, kernel: str, max_tokens: int
     ):
         device = workspace.device
-        self._spec, self.page_shape = spec, cache.page_shape(spec)
+        self._spec, self.page_shape, self.variant = spec, cache.page_shape(spec), spec.variant
         self._num_processors = torch.cuda.get_device_properties(device).multi_processor_count
         kernels, self._why_not = fa3.kernels_for(kernel, spec, cache, device, self._num_processors, max_tokens)
         self._seconds = {name: private.load(name, spec, cache) for name in kernels}
@@ -72,8 +73,9 @@ class RaggedPlan:
         k_cache: Tensor,
         v_cache: Tensor,
         rotary: Rotary | None = None,
+        values: Sequence[Tensor] = (),
     ) -> Tensor:
-        return self._now.attend(q_NHD, k_NKD, v_NKD, k_cache, v_cache, rotary)
+        return self._now.attend(q_NHD, k_NKD, v_NKD, k_cache, v_cache, rotary, values)
 
 
 class KernelPlan(PagedPlan):

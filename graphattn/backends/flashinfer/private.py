@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import time
@@ -9,12 +10,12 @@ from pathlib import Path
 
 import flashinfer
 import torch
-from flashinfer.jit import gen_batch_prefill_module
-from flashinfer.prefill import get_batch_prefill_module
+from flashinfer.jit import gen_batch_prefill_module, gen_customize_batch_prefill_module
+from flashinfer.prefill import get_batch_prefill_jit_module, get_batch_prefill_module
 
 from ...errors import BackendError
 from ...spec import AttentionSpec, CacheSpec
-from . import VERSION
+from . import VERSION, variant
 
 HEADER = "curand_kernel.h"  # fa3 includes it, and small CUDA toolkits lack it
 
@@ -65,6 +66,9 @@ def load(kernel: str, spec: AttentionSpec, cache: CacheSpec) -> float:
         BackendError: it could not be compiled or loaded.
     """
     started = time.perf_counter()
+    if spec.variant is not None:
+        load_variant(spec, cache)
+        return time.perf_counter() - started
     try:
         # What plan() asks for with these very arguments, and keeps.
         get_batch_prefill_module(kernel, *_key(spec, cache))
@@ -75,6 +79,32 @@ def load(kernel: str, spec: AttentionSpec, cache: CacheSpec) -> float:
             f"{type(error).__name__}: {error}"
         ) from error
     return time.perf_counter() - started
+
+
+def load_variant(spec: AttentionSpec, cache: CacheSpec):
+    """The module of the spec's variant, which decodes and prefills; compiled once, loaded once in a process.
+
+    Raises:
+        BackendError: it could not be compiled or loaded; names the variant, with the compiler's last lines.
+    """
+    try:
+        return _variant_module(variant.arguments(spec, cache.dtype))
+    except Exception as error:
+        raise variant.not_compiled(spec, cache.dtype, error) from error
+
+
+@functools.cache
+def _variant_module(arguments: variant.Arguments):
+    # What wrappers do with jit_args, but once and not for each wrapper, and for equal strides of keys and values only.
+    module = gen_customize_batch_prefill_module("fa2", *arguments, paged_kv_stride_mode="equal").build_and_load()
+    return get_batch_prefill_jit_module(arguments.uri, module)
+
+
+def use(wrapper, module, arguments: variant.Arguments) -> None:
+    """Has a wrapper of either kind plan and run a variant's module."""
+    wrapper._jit_module = module
+    wrapper._jit_additional_tensor_names = list(arguments.tensor_names)
+    wrapper._jit_additional_scalar_names = list(arguments.scalar_names)
 
 
 def _key(spec: AttentionSpec, cache: CacheSpec) -> tuple:

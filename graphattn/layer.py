@@ -28,6 +28,8 @@ class Attention(nn.Module):
         softcap: `softcap * tanh(logits / softcap)`; None for none.
         group: index of the layer group whose plan this layer runs under.
         rotary: how queries and keys are normed and rotated before they attend; None if they come as they are to be.
+        pos_encoding: "rope_llama" to turn queries and keys while they attend, and cache keys that were not turned.
+        rope_theta, rope_scale: of that.
         variant: what is computed beyond that; the layer keeps its tensors, each as `variant_NAME`: a parameter if it
             was one, else a buffer, which moves with the layer and keeps its dtype. Write into them in place.
 
@@ -51,6 +53,9 @@ class Attention(nn.Module):
         softcap: float | None = None,
         group: int = 0,
         rotary: Rotary | None = None,
+        pos_encoding: str = "none",
+        rope_theta: float = 10000.0,
+        rope_scale: float = 1.0,
         variant: Variant | None = None,
     ):
         super().__init__()
@@ -61,8 +66,13 @@ class Attention(nn.Module):
             scale=scale,
             window=window,
             softcap=softcap,
+            pos_encoding=pos_encoding,
+            rope_theta=rope_theta,
+            rope_scale=rope_scale,
             variant=variant,
         )
+        if rotary is not None and pos_encoding != "none":
+            raise InvalidArgumentError(f"rotary= and pos_encoding={pos_encoding!r} would turn twice: give one of them")
         if rotary is not None and (rotary.inv_freq.dim() not in (1, 2) or 2 * rotary.num_turned > head_dim):
             raise InvalidArgumentError(
                 f"inv_freq is {tuple(rotary.inv_freq.shape)}: needed is [pairs] or [lengths, pairs], of the "

@@ -11,6 +11,7 @@ from .errors import InvalidArgumentError
 from .variants import Variant
 
 LAYOUTS = ("NHD", "HND")
+POS_ENCODINGS = ("none", "rope_llama")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -26,11 +27,15 @@ class AttentionSpec:
         window: how many of the latest keys a query sees, itself included; None for all of them.
             FlashInfer's `window_left` is `window - 1`.
         softcap: logits become `softcap * tanh(logits / softcap)`; None for none.
+        pos_encoding: "none", or "rope_llama": queries and keys turn while they attend, and the cache has keys that were
+            not turned, so that pages hold for any place in a row. Pair i of a head is dims i and i + head_dim / 2, and
+            turns by position / rope_scale * rope_theta^(-2 i / head_dim).
+        rope_theta, rope_scale: of that; frequencies of any other kind are `Rotary`'s.
         variant: what is computed beyond that, after scale and softcap and beside the window; None for nothing.
 
     Raises:
-        InvalidArgumentError: a count is below 1, the query heads are no multiple of the kv heads, or the variant is for
-            another number of heads.
+        InvalidArgumentError: a count is below 1, the query heads are no multiple of the kv heads, there is no such
+            pos_encoding, or the variant is for another number of heads.
     """
 
     num_heads: int
@@ -39,6 +44,9 @@ class AttentionSpec:
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
+    pos_encoding: str = "none"
+    rope_theta: float = 10000.0
+    rope_scale: float = 1.0
     variant: Variant | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +66,15 @@ class AttentionSpec:
             raise InvalidArgumentError(f"window={self.window}: it counts the token itself, so it is at least 1")
         if self.softcap is not None and not self.softcap > 0:
             raise InvalidArgumentError(f"softcap={self.softcap}: it must be positive, or None for no cap")
+        if self.pos_encoding not in POS_ENCODINGS:
+            raise InvalidArgumentError(f"pos_encoding={self.pos_encoding!r}: choose {' or '.join(POS_ENCODINGS)}")
+        for name in ("rope_theta", "rope_scale"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise InvalidArgumentError(f"{name}={getattr(self, name)}: it must be a positive number")
+        if self.pos_encoding == "rope_llama" and self.head_dim % 2:
+            raise InvalidArgumentError(
+                f"pos_encoding='rope_llama' turns pairs, head_dim is {self.head_dim}: make it even"
+            )
         if self.variant is not None and not isinstance(self.variant, Variant):
             raise InvalidArgumentError(f"variant={self.variant!r}: give a graphattn.variants.Variant, or None for none")
         if self.variant is not None and self.variant.num_heads not in (None, self.num_heads):

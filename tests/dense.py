@@ -96,11 +96,21 @@ class DenseRows:
         position_T = torch.arange(q_HTD.shape[1], device=q_HTD.device) + self.cached[row]
         distance_TL = position_T[:, None] - torch.arange(k_HLD.shape[1], device=q_HTD.device)
         visible_TL = (distance_TL >= 0) & (distance_TL < (spec.window or k_HLD.shape[1]))
+        if spec.pos_encoding == "rope_llama":
+            q_HTD, k_HLD = self._turned(q_HTD, position_T), self._turned(k_HLD, torch.arange(k_HLD.shape[1]))
         scores_HTL = q_HTD @ k_HLD.mT * spec.scale
         if spec.softcap is not None:
             scores_HTL = torch.tanh(scores_HTL / spec.softcap) * spec.softcap
         scores_HTL = scores_HTL.masked_fill(~visible_TL, float("-inf"))
         return (scores_HTL.softmax(-1) @ v_HLD).transpose(0, 1)
+
+    def _turned(self, x_HND: Tensor, position_N: Tensor) -> Tensor:
+        """As complex numbers, whose two parts lie half a head apart."""
+        spec, half, wide = self.spec, self.spec.head_dim // 2, x_HND.double()
+        angles = spec.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half) / spec.rope_scale
+        turns = torch.polar(torch.ones((), dtype=torch.float64), position_N.cpu()[:, None] * angles).to(x_HND.device)
+        turned = torch.complex(wide[..., :half], wide[..., half:]) * turns
+        return torch.cat((turned.real, turned.imag), dim=-1).to(x_HND.dtype)
 
 
 def assert_close(ours: Tensor, plain: Tensor, exact: Tensor, *, floor: float) -> None:

@@ -20,6 +20,7 @@ from graphattn.state import StepState
 
 CUDA_BACKENDS = ("flashinfer", "fused")
 HEADS = {"group 3": (9, 3), "group 2": (4, 2), "one each": (2, 2), "group 7": (7, 1)}
+ROPE = {"pos_encoding": "rope_llama", "rope_theta": 500.0, "rope_scale": 2.0}
 RAGGED = {
     "prefill": ([0, 0, 0, 0], [1, 16, 33, 7]),
     "chunks over prefixes": ([16, 5, 0, 31], [3, 27, 2, 1]),
@@ -71,7 +72,7 @@ def check(rows: DenseRows, ours: torch.Tensor, *, floor: float) -> None:
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("ragged", RAGGED)
-@pytest.mark.parametrize("options", [{}, {"window": 5}, {"softcap": 2.0}, {"scale": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"softcap": 2.0}, {"scale": 0.3}, ROPE], ids=str)
 def test_reference(heads: str, ragged: str, options: dict) -> None:
     rows = DenseRows(spec_of(heads, 8, **options), *RAGGED[ragged], page_size=16, dtype=torch.float32, device="cpu")
     check(rows, run_ragged(rows, "reference"), floor=1e-6)
@@ -149,7 +150,9 @@ def test_flashinfer(heads: str, ragged: str, head_dim: int, page_size: int, dtyp
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"window": 20}, {"softcap": 2.0}, {"scale": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"window": 20}, {"softcap": 2.0}, {"scale": 0.3}, ROPE, ROPE | {"window": 20, "softcap": 2.0}], ids=str
+)
 @pytest.mark.parametrize("ragged", RAGGED)
 def test_flashinfer_options(options: dict, ragged: str) -> None:
     rows = DenseRows(
@@ -157,7 +160,7 @@ def test_flashinfer_options(options: dict, ragged: str) -> None:
     )
     check(rows, run_ragged(rows, "flashinfer"), floor=1e-3)
     if ragged == "decode":
-        for backend in CUDA_BACKENDS:
+        for backend in CUDA_BACKENDS if "pos_encoding" not in options else ("flashinfer",):
             rows = DenseRows(rows.spec, *RAGGED[ragged], page_size=16, dtype=torch.bfloat16, device="cuda")
             check(rows, run_decode(rows, backend, padding=3), floor=1e-3)
 

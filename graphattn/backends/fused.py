@@ -40,6 +40,8 @@ class FusedBackend:
         reasons = [f"its prefill: {reason}" for reason in FlashInferBackend.rejections(spec, cache, device)]
         if spec.variant is not None:
             reasons.append(f"variant {spec.variant.name}: its decode kernel computes none")
+        if spec.pos_encoding != "none":
+            reasons.append(f"pos_encoding {spec.pos_encoding}: its decode kernel caches keys that were turned")
         if spec.head_dim not in HEAD_DIMS:
             reasons.append(f"head_dim {spec.head_dim}: its decode kernel is for {', '.join(map(str, HEAD_DIMS))}")
         if not has_gluon():

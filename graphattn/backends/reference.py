@@ -96,8 +96,10 @@ class ReferencePlan:
         out_NHD = q_NHD.new_empty(q_NHD.shape)
         for rows, held_BL, kv_lens_B in self._parts:
             num_rows = len(kv_lens_B)
-            q_BTHD = q_NHD[rows].unflatten(0, (num_rows, -1))
-            out_BTHD = self._attend_rows(q_BTHD, k_PSKD[held_BL], v_PSKD[held_BL], kv_lens_B, values)
+            q_BTHD, k_BLKD = q_NHD[rows].unflatten(0, (num_rows, -1)), k_PSKD[held_BL]
+            if self._spec.pos_encoding == "rope_llama":
+                q_BTHD, k_BLKD = _turned(self._spec, q_BTHD, k_BLKD, kv_lens_B)
+            out_BTHD = self._attend_rows(q_BTHD, k_BLKD, v_PSKD[held_BL], kv_lens_B, values)
             out_NHD[rows] = out_BTHD.flatten(0, 1).to(q_NHD.dtype)
         return out_NHD
 
@@ -140,3 +142,20 @@ class ReferencePlan:
             out_BHTD = out_BKMD.unflatten(2, (spec.group_size, block)).flatten(1, 2) * factor_BHT1
             blocks.append(out_BHTD.transpose(1, 2))
         return torch.cat(blocks, dim=1)
+
+
+def _turned(spec: AttentionSpec, q_BTHD: Tensor, k_BLKD: Tensor, kv_lens_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries at the end of their rows, and keys from their start, turned to their positions."""
+    dtype, device = torch.promote_types(q_BTHD.dtype, torch.float32), q_BTHD.device
+    pairs = torch.arange(0, spec.head_dim, 2, device=device, dtype=dtype)
+    inv_freq = spec.rope_theta ** (-pairs / spec.head_dim) / spec.rope_scale
+    query_BT = kv_lens_B[:, None] + torch.arange(-q_BTHD.shape[1], 0, device=device)
+    key_1L = torch.arange(k_BLKD.shape[1], device=device)[None]
+
+    def turned(x: Tensor, positions: Tensor) -> Tensor:
+        first, second = x.to(dtype).chunk(2, dim=-1)
+        angles = (positions[..., None] * inv_freq)[:, :, None]
+        cos, sin = torch.cos(angles), torch.sin(angles)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    return turned(q_BTHD, query_BT), turned(k_BLKD, key_1L)

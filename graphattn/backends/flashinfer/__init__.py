@@ -41,6 +41,10 @@ class FlashInferBackend:
                 reasons.append(str(error))
             except Exception as error:  # a broken install raises whatever its libraries do
                 reasons.append(f"importing it failed: {type(error).__name__}: {error}")
+        if spec.variant is not None and spec.pos_encoding != "none":
+            reasons.append(
+                f"variant {spec.variant.name} with pos_encoding {spec.pos_encoding}: rotate before the layer"
+            )
         if find_spec("triton") is None:
             reasons.append("Triton is not installed: pip install triton (torch's CUDA builds bring it)")
         if spec.head_dim not in HEAD_DIMS:

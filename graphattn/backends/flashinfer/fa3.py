@@ -22,6 +22,8 @@ def why_not(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> str 
     """Why it cannot prefill the layer group on this device; None if it can."""
     if spec.variant is not None:
         return f"variant {spec.variant.name} is compiled for fa2"
+    if spec.pos_encoding != "none":
+        return f"pos_encoding {spec.pos_encoding} is fa2's"
     capability = torch.cuda.get_device_capability(device)
     if capability != CAPABILITY:
         asked, there = (".".join(map(str, each)) for each in (CAPABILITY, capability))

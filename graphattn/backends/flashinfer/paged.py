@@ -32,6 +32,9 @@ class PagedPlan:
             "window_left": -1 if spec.window is None else spec.window - 1,
             "logits_soft_cap": spec.softcap,
             "sm_scale": spec.scale,
+            "pos_encoding_mode": spec.pos_encoding.upper(),
+            "rope_theta": spec.rope_theta,
+            "rope_scale": spec.rope_scale,
             "q_data_type": cache.dtype,
             "kv_data_type": cache.dtype,
         }

@@ -14,7 +14,7 @@ from flashinfer.jit import gen_batch_prefill_module, gen_customize_batch_prefill
 from flashinfer.prefill import get_batch_prefill_jit_module, get_batch_prefill_module
 
 from ...errors import BackendError
-from ...spec import AttentionSpec, CacheSpec
+from ...spec import POS_ENCODINGS, AttentionSpec, CacheSpec
 from . import VERSION, variant
 
 HEADER = "curand_kernel.h"  # fa3 includes it, and small CUDA toolkits lack it
@@ -108,10 +108,11 @@ def use(wrapper, module, arguments: variant.Arguments) -> None:
 
 
 def _key(spec: AttentionSpec, cache: CacheSpec) -> tuple:
-    dtypes, no_position_encoding, fp16_qk_reduction = (cache.dtype, cache.dtype, cache.dtype, torch.int32), 0, False
+    dtypes, fp16_qk_reduction = (cache.dtype, cache.dtype, cache.dtype, torch.int32), False
+    pos_encoding = POS_ENCODINGS.index(spec.pos_encoding)  # FlashInfer's PosEncodingMode
     has_window, has_softcap = spec.window is not None, spec.softcap is not None
     sizes = (spec.head_dim, spec.head_dim)
-    return (*dtypes, *sizes, no_position_encoding, has_window, has_softcap, fp16_qk_reduction)
+    return (*dtypes, *sizes, pos_encoding, has_window, has_softcap, fp16_qk_reduction)
 
 
 def _cuda_home() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,13 +55,39 @@ class KVCache:
     def __init__(self, num_layers: int, spec: AttentionSpec, cache: CacheSpec, device: torch.device | str):
         if num_layers < 1:
             raise InvalidArgumentError(f"num_layers={num_layers}: it must be at least 1")
-        self.spec, self.cache = spec, cache
+        self._spec, self._cache = spec, cache
         shape = (cache.num_pages, *cache.page_shape(spec))
         with torch.inference_mode(False):  # what is made inside it cannot be written outside it
             self.layers: list[tuple[Tensor, Tensor]] = [
                 tuple(torch.empty(shape, dtype=cache.dtype, device=device) for _ in "kv") for _ in range(num_layers)
             ]
         self.device = self.layers[0][0].device
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """What each layer computes."""
+        return self._spec
+
+    @property
+    def cache(self) -> CacheSpec:
+        """How the pages lie in memory, which does not change while there are any: `converted` makes others."""
+        return self._cache
+
+    def converted(self, layout: str) -> KVCache:
+        """A copy of every page in a layout, "NHD" or "HND".
+
+        This cache stays as it is, and so do layers that are bound to it and graphs that were captured over it: bind the
+        copy, and plan and capture for its `cache`.
+
+        Raises:
+            InvalidArgumentError: there is no such layout.
+        """
+        other = KVCache(len(self.layers), self.spec, replace(self.cache, layout=layout), self.device)
+        is_turned = layout != self.cache.layout
+        for ours, theirs in zip(self.layers, other.layers, strict=True):
+            for pages, target in zip(ours, theirs, strict=True):
+                target.copy_(pages.transpose(1, 2) if is_turned else pages)
+        return other
 
     @property
     def num_bytes(self) -> int:

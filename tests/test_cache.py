@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphattn import AttentionSpec, CacheSpec, KVCache
+from graphattn import AttentionSpec, CacheSpec, InvalidArgumentError, KVCache
 from graphattn.cache import all_pages, first_page
 
 
@@ -40,3 +41,24 @@ def test_a_cache_is_given_back_with_its_last_holder() -> None:
     held = first_page(cache.layers[0][0])
     assert held.untyped_storage().data_ptr() == cache.layers[0][0].untyped_storage().data_ptr()
     assert held._base is None, "a view would have Dynamo look at what it is a view of"
+
+
+@given(layouts=st.tuples(*[st.sampled_from(["NHD", "HND"])] * 2), page_size=st.sampled_from([1, 2, 3]))
+def test_a_copy_in_another_layout(layouts: tuple[str, str], page_size: int) -> None:
+    spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=4)
+    cache = CacheSpec(num_pages=3, page_size=page_size, dtype=torch.float32, layout=layouts[0])
+    ours = KVCache(2, spec, cache, "cpu")
+    for index, pages in enumerate(pages for pair in ours.layers for pages in pair):
+        pages.copy_(torch.arange(pages.numel()).view(pages.shape) + 1000 * index)
+    theirs = ours.converted(layouts[1])
+    assert theirs.cache == CacheSpec(num_pages=3, page_size=page_size, dtype=torch.float32, layout=layouts[1])
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        for left, right in zip(mine, other, strict=True):
+            left, right = (
+                x if layout == "NHD" else x.transpose(1, 2) for x, layout in zip((left, right), layouts, strict=True)
+            )
+            assert torch.equal(left, right) and left.data_ptr() != right.data_ptr()
+    with pytest.raises(InvalidArgumentError, match="layout='DHN': choose NHD or HND"):
+        ours.converted("DHN")
+    with pytest.raises(AttributeError):
+        ours.cache = theirs.cache

@@ -143,6 +143,13 @@ def test_variants_page_in_kernels() -> None:
     check_variants_page(variants_page("cuda", torch.bfloat16), 0.03)
 
 
+def test_layouts_page(capsys: pytest.CaptureFixture) -> None:
+    names: dict = {}
+    exec("\n".join(code("layouts.md")), names)
+    assert [names[name].layers[3][1].shape for name in ("pages", "other")] == [(16, 16, 2, 64), (16, 2, 16, 64)]
+    assert "[16, 2, 16, 64]) HND" in capsys.readouterr().out
+
+
 def test_links_point_at_files() -> None:
     for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):

@@ -47,6 +47,8 @@ class Batch:
         kv_lens_B: int32 on the host, tokens of each row, the step's own included.
         groups: the pages on the device, one `CSR` per layer group; a decode step's are there once it was fed.
         count_groups: makes the same numbers on the host.
+        tables_host: per layer group the pages of each row of a decode step, `[B, M]` int32, of which row b's first
+            `ceil(kv_lens_B[b] / page_size)` count; views that the state's next `stage` changes.
     """
 
     token_ids_N: Tensor
@@ -56,6 +58,7 @@ class Batch:
     kv_lens_B: Tensor
     groups: tuple[CSR, ...]
     count_groups: Callable[[], tuple[CSR, ...]]
+    tables_host: tuple[np.ndarray, ...] = ()
 
     @cached_property
     def groups_host(self) -> tuple[CSR, ...]:

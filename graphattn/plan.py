@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .backends.base import Backend, Plan
+from .backends.cascade import CascadeBackend
 from .backends.flashinfer import FlashInferBackend
 from .backends.fused import FusedBackend
 from .backends.reference import ReferenceBackend
@@ -20,6 +21,7 @@ BACKENDS: dict[str, type[Backend]] = {
     "fused": FusedBackend,
     "flashinfer": FlashInferBackend,
     "reference": ReferenceBackend,
+    "cascade": CascadeBackend,
 }
 
 
@@ -68,7 +70,8 @@ class Planner:
         groups: the layer groups, in the order that `Attention.group` counts.
         cache: pages, page size and dtype.
         device: where the steps run.
-        backend: "auto", "fused", "flashinfer" or "reference"; or who serves each bucket at how many tokens a row.
+        backend: "auto", "fused", "flashinfer", "reference" or "cascade"; or who serves each bucket at how many
+            tokens a row.
 
     Attributes:
         backends: one for each layer group; of a table, its first. They prefill.

@@ -90,6 +90,20 @@ def test_memory_page(capsys: pytest.CaptureFixture) -> None:
     assert "a cache of" in said and "does not fit" in said and "on_kv_oom='shrink'" in said
 
 
+def test_cascade_page(capsys: pytest.CaptureFixture) -> None:
+    """Its last output is dense attention over what the cache then holds, and rows share what it says."""
+    names: dict = {}
+    exec("\n".join(code("cascade.md")), names)
+    assert capsys.readouterr().out.splitlines() == ["[3 3 0]", "[[2], []]"]
+    for row, (table, length) in enumerate(zip(names["tables"], names["lens"], strict=True)):
+        k, v = (
+            cache[table.pages].flatten(0, 1)[:length].transpose(0, 1)[None]
+            for cache in (names["k_cache"], names["v_cache"])
+        )
+        exact = F.scaled_dot_product_attention(names["q"][row][None, :, None], k, v, enable_gqa=True)[0, :, 0]
+        torch.testing.assert_close(names["out"][row], exact)
+
+
 def test_links_point_at_files() -> None:
     for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):

@@ -46,7 +46,7 @@ class LLM:
         dtype: of the weights when loading; None for what the file holds.
         device: where to load; None for CUDA where there is one.
         backend: "auto" (the profile's, or the fused one or else FlashInfer on CUDA, the reference elsewhere), "fused",
-            "flashinfer" or "reference".
+            "flashinfer", "reference", or "cascade" for requests that share long prompts.
         enforce_eager: no CUDA graphs. Steps still run at the buckets, with the same bits.
         compile: compile the step with Inductor; "auto" does on CUDA.
         capture: "all" buckets at start, or "lazy": the largest at start, others when first used.

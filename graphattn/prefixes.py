@@ -5,12 +5,18 @@ Shape letters: B rows, M pages that one row may have.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .errors import InvalidArgumentError
 from .pages import NULL_PAGE
+
+# Not measured yet. Estimated: what a layer spends on two levels more, in bytes that memory moves meanwhile; and what
+# the tail's kernel may lose against the fastest one.
+MIN_SAVED_BYTES = 64 << 20
+MIN_SAVED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,28 @@ def shared_prefixes(
 
     lay(root)
     return Cascade(np.array(order, np.int64), tuple(map(tuple, levels)), depths_B)
+
+
+def pays(runs: Iterable[SharedRun], tail_tokens: int, *, page_size: int, token_bytes: int) -> bool:
+    """Whether attending to shared pages once is taken to be faster than reading them for every row.
+
+    Args:
+        runs: what rows share, of all levels.
+        tail_tokens: tokens of all rows that are not in them.
+        page_size: tokens in a page.
+        token_bytes: of a token's keys and values in one layer.
+
+    Example:
+        >>> prompt = SharedRun(first=0, count=256, start=0, end=512)
+        >>> pays([prompt], 256 * 256, page_size=16, token_bytes=4096)
+        True
+        >>> pays([], 256 * 1024, page_size=16, token_bytes=4096)
+        False
+    """
+    runs = list(runs)
+    saved = sum(run.num_saved for run in runs) * page_size
+    whole = sum(run.count * (run.end - run.start) for run in runs) * page_size + tail_tokens
+    return saved * token_bytes >= MIN_SAVED_BYTES and saved >= MIN_SAVED_SHARE * whole
 
 
 def _children(parent: _Node, pages_BM: np.ndarray, num_full_B: np.ndarray) -> list[_Node]:

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from test_backends import check, spec_of
 from tiny import tiny
 
-from graphattn import LLM, Attention, BackendError, BucketLadder, DecodeRunner, InvalidArgumentError, SamplingParams
+from graphattn import (
+    LLM,
+    Attention,
+    BackendError,
+    BucketLadder,
+    DecodeRunner,
+    InvalidArgumentError,
+    SamplingParams,
+    prefixes,
+)
 from graphattn.backends.cascade import MAX_RUNS
 from graphattn.ops import active_plans
 from graphattn.plan import Planner, StepPlan
@@ -190,6 +199,109 @@ def test_engine_answers_as_by_the_reference() -> None:
     assert answers[0] == answers[1]
 
 
+def shared_tables(num_shared: int, num_rows: int = 6) -> tuple[list[int], list[list[int]]]:
+    """Lengths and tables of rows that share so many pages and have one of their own."""
+    tables = [[*range(1, 1 + num_shared), 100 + row] for row in range(num_rows)]
+    return [PAGE_SIZE * len(table) - row % 3 for row, table in enumerate(tables)], tables
+
+
+def runner_of(cascade: str, cache: CacheSpec, pages, **options) -> DecodeRunner:
+    spec = spec_of("group 2", 8)
+    layer = Attention(4, 8, num_kv_heads=2)
+    layer.bind(*(tensor.clone() for tensor in pages))
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(9, 8, 8, dtype=torch.float64, generator=generator)
+    planner = Planner([spec], cache, "cpu", "reference", cascade)
+    ladder = BucketLadder([4, BUCKET])
+    step_fn = lambda ids, positions: layer(*table[ids].split([4, 2, 2], dim=1)).flatten(1)  # noqa: E731
+    return DecodeRunner(step_fn, state_of(spec, "cpu"), planner, ladder=ladder, **options)
+
+
+@pytest.mark.parametrize("capture", ["all", "lazy"])
+def test_the_runner_chooses_by_what_rows_share(monkeypatch, capture: str) -> None:
+    """Beside a backend of any kind, a cascade runs the steps that it pays for; both give the same outputs."""
+    monkeypatch.setattr(prefixes, "MIN_SAVED_BYTES", 1)
+    cache = CacheSpec(num_pages=NUM_PAGES, page_size=PAGE_SIZE, dtype=torch.float64)
+    pages = [torch.randn(NUM_PAGES, *cache.page_shape(spec_of("group 2", 8)), dtype=torch.float64) for _ in "kv"]
+    plain, ours = (runner_of(cascade, cache, pages, capture=capture) for cascade in ("off", "auto"))
+    for runner in (plain, ours):
+        runner.capture()
+    for num_shared, num_rows in ((0, 6), (5, 6), (1, 3), (0, 3), (5, 3), (3, 6)):
+        lens, tables = shared_tables(num_shared, num_rows)
+        found = [runner.run(list(range(num_rows)), lens, [tables]).clone() for runner in (plain, ours)]
+        torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+        ours.verify(list(range(num_rows)), lens, [tables])
+    assert ours.served == {
+        (BUCKET, "reference"): 2,
+        (BUCKET, "cascade"): 4,
+        (4, "reference"): 2,
+        (4, "cascade"): 4,
+    }
+    # Each is planned for twice where it is verified.
+    assert ours.planner.num_shared == 12
+    assert plain.planner.num_shared == 0 and plain.planner.all_names == ("reference",)
+
+
+def test_a_cascade_that_memory_does_not_hold_is_left_out(monkeypatch) -> None:
+    """Its bucket is then served as if there were none, and that is said."""
+    monkeypatch.setattr(prefixes, "MIN_SAVED_BYTES", 1)
+    cache = CacheSpec(num_pages=NUM_PAGES, page_size=PAGE_SIZE, dtype=torch.float64)
+    pages = [torch.zeros(NUM_PAGES, *cache.page_shape(spec_of("group 2", 8)), dtype=torch.float64) for _ in "kv"]
+    runner = runner_of("auto", cache, pages, on_capture_oom="shrink")
+    prepare = DecodeRunner._prepare
+
+    def short(self, bucket: int, backend: str) -> None:
+        if (bucket, backend) == (BUCKET, "cascade"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        prepare(self, bucket, backend)
+
+    monkeypatch.setattr(DecodeRunner, "_prepare", short)
+    with pytest.warns(RuntimeWarning, match=f"bucket {BUCKET} with cascade could not be captured"):
+        runner.capture()
+    assert runner.ladder.sizes == (4, BUCKET)
+    for num_rows in (6, 3):
+        lens, tables = shared_tables(5, num_rows)
+        runner.run([0] * num_rows, lens, [tables])
+    assert runner.served == {(BUCKET, "reference"): 1, (4, "cascade"): 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "shared_pages", "tail", "expected"),
+    [(256, 512, 256, True), (2, 512, 256, False), (256, 8, 64, True), (256, 8, 4096, False), (4, 2048, 64, True)],
+)
+def test_the_rule(rows: int, shared_pages: int, tail: int, expected: bool) -> None:
+    """What it saves in bytes, and what share that is of all; by constants that were estimated."""
+    run = prefixes.SharedRun(first=0, count=rows, start=0, end=shared_pages)
+    assert prefixes.pays([run], rows * tail, page_size=16, token_bytes=4096) is expected
+
+
+def test_engine_chooses_by_what_requests_share(monkeypatch) -> None:
+    monkeypatch.setattr(prefixes, "MIN_SAVED_BYTES", 1)
+    prompts, params = (
+        [list(range(1, 41)) + [50 + row] for row in range(6)],
+        SamplingParams(temperature=0, max_tokens=6, ignore_eos=True),
+    )
+    answers = []
+    for cascade in ("off", "auto"):
+        with LLM(tiny("llama"), cascade=cascade, max_batch=8, max_seq_len=128, num_pages=60) as llm:
+            llm.generate(prompts[0], params)
+            answers.append([output.token_ids for output in llm.generate(prompts, params)])
+            said = llm.explain()
+            assert ("cascade     5 steps attended once" in said) == (cascade == "auto"), said
+            if cascade == "auto":
+                assert "6 cascade where rows share enough (5 steps)" in said
+                with pytest.raises(InvalidArgumentError, match="cascade='auto': a profile says who serves a context"):
+                    llm.profile()
+    assert answers[0] == answers[1]
+
+
+def test_cascade_modes_are_checked() -> None:
+    with pytest.raises(InvalidArgumentError, match="cascade='on': choose off or auto"):
+        LLM(tiny("llama"), cascade="on")
+    with pytest.raises(BackendError, match="cascade: window 5"):
+        Planner([spec_of("group 2", 8, window=5)], CacheSpec(num_pages=4), "cpu", cascade="auto")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize(
@@ -259,8 +371,10 @@ def test_long_prefixes(head_dim: int, page_size: int) -> None:
 
 
 @pytest.mark.gpu
-def test_runner_replays_groups_that_change() -> None:
-    """Through `DecodeRunner`: no replan changes what a captured launch holds by value."""
+@pytest.mark.parametrize(("backend", "cascade"), [("cascade", "off"), ("fused", "auto"), ("flashinfer", "auto")])
+def test_runner_replays_groups_that_change(monkeypatch, backend: str, cascade: str) -> None:
+    """Through `DecodeRunner`: no replan changes what a captured launch holds by value, alone or beside a backend."""
+    monkeypatch.setattr(prefixes, "MIN_SAVED_BYTES", 1)
     spec, device = spec_of("group 2", 64), "cuda"
     bf16 = {"dtype": torch.bfloat16, "device": device}
     state, rows = state_of(spec, device), shared_rows(spec, STEPS["two levels"], **bf16)
@@ -272,7 +386,7 @@ def test_runner_replays_groups_that_change() -> None:
         q, k, v = (table[token_ids].unflatten(1, (-1, spec.head_dim)) for table in projection)
         return layer(q, k[:, : spec.num_kv_heads].contiguous(), v[:, : spec.num_kv_heads].contiguous()).flatten(1)
 
-    planner = Planner([spec], rows.cache.cache, device, "cascade")
+    planner = Planner([spec], rows.cache.cache, device, backend, cascade)
     runner = DecodeRunner(step_fn, state, planner, ladder=BucketLadder([4, BUCKET]))
     runner.capture()
     for seed, step in enumerate(STEPS.values()):
@@ -282,4 +396,5 @@ def test_runner_replays_groups_that_change() -> None:
         tables = [[table.pages for table in fresh.tables]]
         runner.verify(list(range(len(step))), [cached + 1 for cached in fresh.cached], tables)
     assert runner.counts == {"replay": len(STEPS)}
+    assert (len(runner.served) > 2) == (cascade == "auto"), runner.served
     runner.close()

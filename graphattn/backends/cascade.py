@@ -5,13 +5,17 @@ Shape letters: B rows, S slots, S1 = S + 1, H query heads, K kv heads, D head di
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import chain
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..batch import CSR, Batch
 from ..mirror import Mirror
-from ..prefixes import Cascade, shared_prefixes
+from ..prefixes import Cascade, pays, shared_prefixes
 from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
@@ -20,6 +24,9 @@ from .flashinfer import FlashInferBackend
 from .reference import ReferenceBackend
 from .segments import level_segments, max_slots, stretches
 
+if TYPE_CHECKING:
+    from .flashinfer.workspace import Workspace
+
 MAX_LEVELS = 2  # shared levels: a system prompt and what conversations add to it
 MAX_RUNS = 16  # of a level; more take larger workspaces and launches in every step, used or not
 ORDER, INVERSE, TAIL_INDPTR, TAIL_LAST_PAGE_LEN, LEVELS = range(5)  # fields; three for each level from there on
@@ -27,7 +34,11 @@ ORDER, INVERSE, TAIL_INDPTR, TAIL_LAST_PAGE_LEN, LEVELS = range(5)  # fields; th
 
 class CascadeBackend:
     """Shared levels by FlashInfer's fa2 prefill, each row's tail by its tensor-core decode, and what both give merged;
-    on a CPU the same levels in plain torch."""
+    on a CPU the same levels in plain torch.
+
+    Attributes:
+        counts: steps planned, as "shared" and "alone", by whether their rows shared any pages.
+    """
 
     name = "cascade"
     capturable = True
@@ -35,6 +46,7 @@ class CascadeBackend:
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, device: torch.device):
         self._group, self._spec, self._cache = group, spec, cache
         self._workspace = None
+        self.counts: Counter[str] = Counter()
         if device.type == "cuda":
             from .flashinfer.workspace import Workspace
 
@@ -49,7 +61,7 @@ class CascadeBackend:
         return reasons
 
     def decode_plan(self, state: StepState, bucket: int) -> Plan:
-        return CascadePlan(self._group, self._spec, self._cache, state, bucket, self._workspace)
+        return CascadePlan(self._group, self._spec, self._cache, state, bucket, self._workspace, self.counts)
 
     def prefill_plan(self, kernel: str = "auto", max_tokens: int = 0) -> PrefillPlan:
         return self._prefill.prefill_plan(kernel, max_tokens)
@@ -67,16 +79,29 @@ class CascadePlan:
 
     Args:
         workspace: the kernels' workspace; None on a CPU.
+        counts: where steps are counted.
 
     Attributes:
         cascade: what the rows of the last plan share.
     """
 
-    def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, state: StepState, bucket: int, workspace):
+    def __init__(
+        self,
+        group: int,
+        spec: AttentionSpec,
+        cache: CacheSpec,
+        state: StepState,
+        bucket: int,
+        workspace: Workspace | None,
+        counts: Counter[str],
+    ):
         self._group, self._cache, self.page_shape = group, cache, cache.page_shape(spec)
         self._bucket, self._num_slots = bucket, max_slots(bucket, MAX_RUNS)
         self._mirror = Mirror(LEVELS + 3 * MAX_LEVELS, bucket + 1, dtype=torch.int32, device=state.device)
         self.cascade: Cascade | None = None
+        self._found: tuple[Batch, Cascade] | None = None
+        self._counts = counts
+        self._token_bytes = cache.page_bytes(spec) // cache.page_size
         indices_P = state.csr(bucket, group).indices_P
         tail = CSR(self._field(TAIL_INDPTR, bucket + 1), indices_P, self._field(TAIL_LAST_PAGE_LEN, bucket))
         levels = []
@@ -106,13 +131,8 @@ class CascadePlan:
         size, bucket = self._cache.page_size, self._bucket
         self._rows_B, self._positions_B, self._csr = batch.rows_N, batch.positions_N, batch.groups[self._group]
         kv_lens_B = batch.kv_lens_B.numpy().astype(np.int64)
-        self.cascade = cascade = shared_prefixes(
-            batch.tables_host[self._group],
-            (kv_lens_B - 1) // size,
-            num_pages=self._cache.num_pages,
-            max_levels=MAX_LEVELS,
-            max_runs=MAX_RUNS,
-        )
+        self.cascade = cascade = self._find(batch)
+        self._counts["shared" if any(cascade.levels) else "alone"] += 1
         indptr_B1, order_B = np.zeros(bucket + 1, np.int64), cascade.order_B
         np.cumsum(-(-kv_lens_B // size), out=indptr_B1[1:])
         tail_lens_B = (kv_lens_B - cascade.depths_B * size)[order_B]
@@ -130,6 +150,16 @@ class CascadePlan:
             wanted_FB[field, : len(numbers)] = numbers
         self._mirror.send(wanted_FB)
 
+    def pays(self, batch: Batch) -> bool:
+        """Whether this is taken to be faster for these rows than a decode without levels; `prefixes.pays` says why.
+
+        Raises:
+            InvalidArgumentError: as `plan` does.
+        """
+        cascade, size = self._find(batch), self._cache.page_size
+        tail_tokens = int(batch.kv_lens_B.sum()) - int(cascade.depths_B.sum()) * size
+        return pays(chain(*cascade.levels), tail_tokens, page_size=size, token_bytes=self._token_bytes)
+
     def attend(
         self,
         q_NHD: Tensor,
@@ -145,6 +175,18 @@ class CascadePlan:
         states.append(k_NKD, v_NKD, self._rows_B, self._positions_B, pages, self._csr)
         ordered_BHD = q_NHD.index_select(0, self._field(ORDER, self._bucket))
         return states.attend(ordered_BHD, pages).index_select(0, self._field(INVERSE, self._bucket))
+
+    def _find(self, batch: Batch) -> Cascade:
+        if self._found is None or self._found[0] is not batch:
+            cascade = shared_prefixes(
+                batch.tables_host[self._group],
+                (batch.kv_lens_B.numpy() - 1) // self._cache.page_size,
+                num_pages=self._cache.num_pages,
+                max_levels=MAX_LEVELS,
+                max_runs=MAX_RUNS,
+            )
+            self._found = (batch, cascade)
+        return self._found[1]
 
     def _field(self, index: int, count: int) -> Tensor:
         return self._mirror.field(index)[:count]

@@ -46,7 +46,8 @@ class LLM:
         dtype: of the weights when loading; None for what the file holds.
         device: where to load; None for CUDA where there is one.
         backend: "auto" (the profile's, or the fused one or else FlashInfer on CUDA, the reference elsewhere), "fused",
-            "flashinfer", "reference", or "cascade" for requests that share long prompts.
+            "flashinfer", "reference", or "cascade", which reads pages that requests share once for all of them.
+        cascade: "auto" captures a cascade for every bucket besides, for steps where `prefixes.pays` says so; "off".
         enforce_eager: no CUDA graphs. Steps still run at the buckets, with the same bits.
         compile: compile the step with Inductor; "auto" does on CUDA.
         capture: "all" buckets at start, or "lazy": the largest at start, others when first used.
@@ -65,14 +66,12 @@ class LLM:
         layout: of a page: "NHD" (slots before heads), "HND" or "auto", which is NHD.
         capture_profile: a file of `tools/capture.py` that the ladder and each bucket's backend are taken from. Made
             for another `max_batch`, model, page, device or version it is refused.
-        record_batches: a file that `close()` writes how many decode steps ran with how many rows into: what
-            `tools/capture.py` chooses buckets for.
+        record_batches: a file for `tools/capture.py`: `close()` writes how many steps ran with how many rows into it.
         max_prefill_tokens: prompt tokens computed in one step; longer prompts are prefilled in chunks.
         prefill: FlashInfer's kernels for it: "fa2", "fa3", or "auto", which is fa3 for batches large enough on a Hopper
             GPU once its module is there: "fa3" compiles it, in a minute or more.
         prefix_cache: share full pages between requests that begin alike.
-        progress: called as `progress(stage, done, total)` while loading ("load"), in a first capture that
-            only measures ("measure", where the cache is sized by what is left) and capturing ("capture").
+        progress: called as `progress(stage, done, total)`; stages "load", "measure" (to size the cache) and "capture".
 
     Raises:
         ModelFileError: no model at that path.
@@ -93,6 +92,7 @@ class LLM:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         backend: str = "auto",
+        cascade: str = "off",
         enforce_eager: bool = False,
         compile: bool | str = "auto",
         capture: str = "all",
@@ -124,6 +124,7 @@ class LLM:
             capture=capture,
             layout=layout,
             prefill=prefill,
+            cascade=cascade,
             memory_fraction=memory_fraction,
             max_seq_len=max_seq_len,
             max_prefill_tokens=max_prefill_tokens,
@@ -141,7 +142,8 @@ class LLM:
             undo.callback(binding.detach)
             self._executor = Executor(
                 binding,
-                backend=backend_for(backend, profile),
+                backend=backend_for(backend, profile, cascade),
+                cascade=cascade,
                 enforce_eager=enforce_eager,
                 compile=model.device.type == "cuda" if compile == "auto" else compile,
                 capture=capture,
@@ -320,7 +322,7 @@ class LLM:
             ladder: the buckets that a start from it captures, among those captured here; None for all.
 
         Raises:
-            InvalidArgumentError: a bucket that was not captured.
+            InvalidArgumentError: a bucket that was not captured, or cascades that were.
         """
         self._check_open()
         return profile_of(self._executor, self._start.costs(), step_times or {}, ladder)

@@ -49,6 +49,8 @@ class Batch:
             that; None for one that ends with it, as a decode step's do.
         groups: the pages on the device, one `CSR` per layer group; a decode step's are there once it was fed.
         count_groups: makes the same numbers on the host.
+        tables_host: per layer group the pages of each row of a decode step, `[B, M]` int32, of which row b's first
+            `ceil(kv_lens_B[b] / page_size)` count; views that the state's next `stage` changes.
     """
 
     token_ids_N: Tensor
@@ -59,6 +61,7 @@ class Batch:
     groups: tuple[CSR, ...]
     count_groups: Callable[[], tuple[CSR, ...]]
     lengths_N: Tensor | None = None
+    tables_host: tuple[np.ndarray, ...] = ()
 
     @cached_property
     def groups_host(self) -> tuple[CSR, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .backends.base import Backend, Plan
+from .backends.cascade import CascadeBackend, CascadePlan
 from .backends.flashinfer import FlashInferBackend
 from .backends.fused import FusedBackend
 from .backends.reference import ReferenceBackend
@@ -20,7 +21,9 @@ BACKENDS: dict[str, type[Backend]] = {
     "fused": FusedBackend,
     "flashinfer": FlashInferBackend,
     "reference": ReferenceBackend,
+    "cascade": CascadeBackend,
 }
+CASCADE_MODES = ("off", "auto")
 
 
 def choose_backend(name: str, spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> type[Backend]:
@@ -55,6 +58,10 @@ class StepPlan:
         for group in self.groups:
             group.plan(batch)
 
+    def pays(self, batch: Batch) -> bool:
+        """Whether these are plans of a cascade that some group is taken to be faster with, for these rows."""
+        return any(isinstance(group, CascadePlan) and group.pays(batch) for group in self.groups)
+
     @property
     def signature(self) -> tuple:
         """What a captured step holds by value, over all groups."""
@@ -68,15 +75,18 @@ class Planner:
         groups: the layer groups, in the order that `Attention.group` counts.
         cache: pages, page size and dtype.
         device: where the steps run.
-        backend: "auto", "fused", "flashinfer" or "reference"; or who serves each bucket at how many tokens a row.
+        backend: "auto", "fused", "flashinfer", "reference" or "cascade"; or who serves each bucket at how many
+            tokens a row.
+        cascade: "auto" plans a cascade for every bucket besides, for steps where `StepPlan.pays` says so; "off" none.
 
     Attributes:
         backends: one for each layer group; of a table, its first. They prefill.
         table: who serves each bucket; None where one backend serves all.
 
     Raises:
-        BackendError: the backend, or one of the table, cannot serve a group.
-        InvalidArgumentError: no backend has that name, or a table that does not say who serves a context.
+        BackendError: the backend, one of the table, or the cascade, cannot serve a group.
+        InvalidArgumentError: no backend has that name, an unknown cascade mode, or a table that does not say who
+            serves a context.
     """
 
     def __init__(
@@ -85,7 +95,10 @@ class Planner:
         cache: CacheSpec,
         device: torch.device | str,
         backend: str | BackendTable = "auto",
+        cascade: str = "off",
     ):
+        if cascade not in CASCADE_MODES:
+            raise InvalidArgumentError(f"cascade={cascade!r}: choose {' or '.join(CASCADE_MODES)}")
         device = torch.device(device)
         self.groups, self.cache, self.device = tuple(groups), cache, device
 
@@ -106,6 +119,9 @@ class Planner:
                 raise InvalidArgumentError(f"a table of the backends {[*names]}: choose among {', '.join(BACKENDS)}")
             self._made = {name: made(name) for name in names}
         self._first, self.backends = next(iter(self._made.items()))
+        self._cascades, self._without_cascade = cascade == "auto", set[int]()
+        if self._cascades and CascadeBackend.name not in self._made:
+            self._made[CascadeBackend.name] = made(CascadeBackend.name)
 
     @property
     def all_names(self) -> tuple[str, ...]:
@@ -125,8 +141,17 @@ class Planner:
         return self.table[bucket]
 
     def names(self, bucket: int) -> tuple[str, ...]:
-        """The backends that serve a bucket, each once."""
-        return tuple(dict.fromkeys(span.backend for span in self.spans(bucket)))
+        """The backends that serve a bucket, each once; a cascade besides them comes last."""
+        names = dict.fromkeys(span.backend for span in self.spans(bucket))
+        return (*names, *(name for name in self.cascade_names(bucket) if name not in names))
+
+    def cascade_names(self, bucket: int) -> tuple[str, ...]:
+        """The backend that serves a bucket where rows share enough, if one does."""
+        return (CascadeBackend.name,) if self._cascades and bucket not in self._without_cascade else ()
+
+    def has_others(self, bucket: int, backend: str) -> bool:
+        """Whether a bucket can do without a backend: then others serve every context that it does."""
+        return any(span.backend != backend for span in self.spans(bucket))
 
     def backend_for(self, bucket: int, seq_lens: Sequence[int]) -> str:
         """The one that serves these rows at a bucket: by their tokens, shared out evenly among its rows."""
@@ -135,11 +160,30 @@ class Planner:
 
     def leave_out(self, bucket: int, backend: str) -> None:
         """Has the other backends of a bucket serve what this one did, each what follows where it begins."""
+        if backend in self.cascade_names(bucket):
+            self._without_cascade.add(bucket)
+        if backend not in {span.backend for span in self.spans(bucket)}:
+            return
         left: list[BackendSpan] = []
         for span in self.spans(bucket):
             if span.backend != backend and (not left or left[-1].backend != span.backend):
                 left.append(span if left else BackendSpan(context=1, backend=span.backend))
         self.table = {**self.table, bucket: checked_spans(left)}
+
+    def restore(self, table: dict[int, Spans] | None) -> None:
+        """Has backends serve again as by a table that was in force before any was left out."""
+        self.table = table
+        self._without_cascade.clear()
+
+    def check_state(self, state: StepState) -> None:
+        """Raises InvalidArgumentError if a step's buffers are for other pages, layer groups or another device."""
+        for what, theirs, ours in (
+            ("page_size", state.page_size, self.cache.page_size),
+            ("layer groups", state.groups, self.groups),
+            ("device", state.device.type, self.device.type),
+        ):
+            if ours != theirs:
+                raise InvalidArgumentError(f"the state has {what} {theirs}, the planner {ours}: make them equal")
 
     def decode(self, state: StepState, bucket: int, backend: str | None = None) -> StepPlan:
         """The plans of a bucket, by the backend of that name; None for the first."""
@@ -162,6 +206,11 @@ class Planner:
     def not_capturable(self) -> list[str]:
         """Backends whose decode plans may not be captured in a CUDA graph."""
         return [name for name, backends in self._made.items() if not all(each.capturable for each in backends)]
+
+    @property
+    def num_shared(self) -> int:
+        """Decode steps planned in levels whose rows shared pages, in the layer group where most did."""
+        return max((each.counts["shared"] for each in self._made.get(CascadeBackend.name, ())), default=0)
 
     @property
     def num_bytes(self) -> int:

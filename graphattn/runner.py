@@ -88,13 +88,7 @@ class DecodeRunner:
             raise InvalidArgumentError(
                 f"the ladder ends at {ladder.max}, the state holds {state.max_batch} rows: make them equal"
             )
-        for what, ours, theirs in (
-            ("page_size", state.page_size, planner.cache.page_size),
-            ("layer groups", state.groups, planner.groups),
-            ("device", state.device.type, planner.device.type),
-        ):
-            if ours != theirs:
-                raise InvalidArgumentError(f"the state has {what} {ours}, the planner {theirs}: make them equal")
+        planner.check_state(state)
         for name, mode, modes in (
             ("capture", capture, CAPTURE_MODES),
             ("on_capture_oom", on_capture_oom, CAPTURE_OOM_MODES),
@@ -144,13 +138,15 @@ class DecodeRunner:
         failed: dict[tuple[int, str | None], str] = {}
         for done, bucket in enumerate(sizes, start=1):
             for backend in self.planner.names(bucket):
-                failed |= self._prepare_or_drop(bucket, backend)
+                if (bucket, None) not in failed:
+                    failed |= self._prepare_or_drop(bucket, backend)
             if progress is not None:
                 progress(min(done, wanted), wanted)
             if done - sum(backend is None for _, backend in failed) == wanted:
                 break
         if not self._buckets:
-            self.ladder, self.planner.table = asked, table  # nothing fits now, and all may be tried again
+            self.ladder = asked  # nothing fits now, and all may be tried again
+            self.planner.restore(table)
         if failed:
             self._report(failed)
         return self.captures
@@ -186,10 +182,7 @@ class DecodeRunner:
                 arguments are not of one length.
             CaptureError: a bucket that is captured now could not be; CaptureMemoryError for want of memory.
         """
-        bucket, prepared = self._ready(len(token_ids), seq_lens)
-        num_pages = self.planner.cache.num_pages
-        batch = self.state.stage(bucket, token_ids, seq_lens, tables, drawn=drawn, num_pages=num_pages)
-        prepared.plan.plan(batch)
+        bucket, prepared = self._planned(token_ids, seq_lens, tables, drawn)
         self.rows[len(token_ids)] += 1
         self.served[bucket, prepared.backend] += 1
         if prepared.graph is None or eager:
@@ -203,7 +196,7 @@ class DecodeRunner:
             self.counts["guard"] += 1
             with self._recorded(bucket, prepared.backend) as taken:
                 taken |= self._capture_graph(bucket, prepared)
-            self.state.stage(bucket, token_ids, seq_lens, tables, drawn=drawn, num_pages=num_pages)
+            self.state.stage(bucket, token_ids, seq_lens, tables, drawn=drawn)
             self._call(prepared)
         return self._outputs.rows(len(token_ids))
 
@@ -217,9 +210,7 @@ class DecodeRunner:
         """
         replayed = self.run(token_ids, seq_lens, tables)
         replayed = [output.clone() for output in (replayed if isinstance(replayed, tuple) else (replayed,))]
-        bucket, prepared = self._ready(len(token_ids), seq_lens)
-        self.state.stage(bucket, token_ids, seq_lens, tables, num_pages=self.planner.cache.num_pages)
-        self._call(prepared)
+        self._call(self._planned(token_ids, seq_lens, tables)[1])
         self._outputs.compare(replayed)
 
     def close(self) -> None:
@@ -236,12 +227,25 @@ class DecodeRunner:
         if self._is_closed:
             raise CaptureError("the runner is closed, its graphs are freed: make a new one")
 
+    def _planned(self, token_ids, seq_lens, tables, drawn=None) -> tuple[int, _Bucket]:
+        """Stages the rows, and plans them by who serves them: a cascade besides, where what they share pays for it."""
+        bucket, prepared = self._ready(len(token_ids), seq_lens)
+        num_pages = self.planner.cache.num_pages
+        batch = self.state.stage(bucket, token_ids, seq_lens, tables, drawn=drawn, num_pages=num_pages)
+        for name in self.planner.cascade_names(bucket):
+            if self._buckets[bucket, name].plan.pays(batch):
+                prepared = self._buckets[bucket, name]
+        prepared.plan.plan(batch)
+        return bucket, prepared
+
     def _ready(self, num_rows: int, seq_lens: Sequence[int]) -> tuple[int, _Bucket]:
         """The bucket that rows run at, with the backend that serves them, captured now if it was not yet."""
         self._check_open()
         bucket = self.ladder.pick(num_rows)
         backend = self.planner.backend_for(bucket, seq_lens)
         failed = self._prepare_or_drop(bucket, backend)
+        for name in () if failed else self.planner.cascade_names(bucket):
+            failed |= self._prepare_or_drop(bucket, name)
         if not failed:
             return bucket, self._buckets[bucket, backend]
         self._report(failed)
@@ -265,7 +269,7 @@ class DecodeRunner:
             return {}
         if not self._buckets:
             self._outputs.clear()  # they have the rows of the largest bucket
-        has_others = len(self.planner.names(bucket)) > 1
+        has_others = self.planner.has_others(bucket, backend)
         if has_others:
             self.planner.leave_out(bucket, backend)
         elif len(self.ladder) > 1:

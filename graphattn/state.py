@@ -178,6 +178,7 @@ class StepState:
             **self._views[bucket],
             kv_lens_B=torch.from_numpy(kv_lens_B),
             count_groups=lambda: tuple(self._csr_host(table, kv_lens_B) for table in held),
+            tables_host=tuple(sent.pages_RM[:bucket] for sent in self._sent),
         )
 
     def feed(self, bucket: int) -> None:

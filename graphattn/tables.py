@@ -41,12 +41,16 @@ class SentTables:
         max_rows: R.
         max_pages: M, pages that one row may have.
         place: of the first page of the first row.
+
+    Attributes:
+        pages_RM: what the device holds once all that was sent is there, int32.
     """
 
     def __init__(self, max_rows: int, max_pages: int, place: int):
         self._max_pages, self._place = max_pages, place
         self._tables: list[list[int]] = [[] for _ in range(max_rows)]
         self._num_held, self._num_sent = np.zeros(max_rows, np.int64), np.zeros(max_rows, np.int64)
+        self.pages_RM = np.zeros((max_rows, max_pages), np.int32)
         self._num_pages = np.full(max_rows, UNCHECKED)  # what each row's pages were checked against
 
     def held(self, num_rows: int) -> list[list[int]]:
@@ -119,6 +123,8 @@ class SentTables:
 
     def remember(self, changes: Changes) -> None:
         """What was to be sent is on its way."""
+        if changes.places:
+            self.pages_RM.flat[np.asarray(changes.places) - self._place] = changes.pages
         for row, table, num_sent in changes.rows:
             self._tables[row], self._num_held[row], self._num_sent[row] = table, len(table), num_sent
             self._num_pages[row] = UNCHECKED

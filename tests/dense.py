@@ -113,6 +113,51 @@ class DenseRows:
         return torch.cat((turned.real, turned.imag), dim=-1).to(x_HND.dtype)
 
 
+class SharedRows(DenseRows):
+    """Decode rows that share pages, over a cache poisoned like that of `DenseRows`.
+
+    Args:
+        prefixes: a letter for each full page that row b begins with; rows share as many as they begin with alike.
+        own: tokens behind them, the step's own included.
+        num_pages: of the cache.
+    """
+
+    def __init__(self, spec: AttentionSpec, prefixes: list[str], own: list[int], *, num_pages: int, **options):
+        page_size, device = options["page_size"], options["device"]
+        super().__init__(
+            spec,
+            [len(prefix) * page_size + count - 1 for prefix, count in zip(prefixes, own, strict=True)],
+            [1] * len(own),
+            **options,
+        )
+        rows = list(zip(prefixes, self.k, self.v, strict=True))
+        first_with: dict[str, int] = {}  # who has a page first has its keys and values
+        names = []
+        for row, (prefix, k, v) in enumerate(rows):
+            names.append([prefix[:end] for end in range(1, len(prefix) + 1)])
+            for place, name in enumerate(names[-1]):
+                first, at = first_with.setdefault(name, row), slice(place * page_size, (place + 1) * page_size)
+                k[at], v[at] = rows[first][1][at], rows[first][2][at]
+        free = list(range(1, num_pages))
+        random.Random(options.get("seed", 0)).shuffle(free)
+        page_of = {name: free.pop() for name in first_with}
+        cache = CacheSpec(
+            num_pages=num_pages,
+            page_size=page_size,
+            dtype=options["dtype"],
+            layout=options.get("layout", "NHD"),
+        )
+        self.cache = KVCache(1, spec, cache, device)
+        for pages in self.cache.layers[0]:
+            pages.fill_(float("nan"))
+        for table, shared, count in zip(self.tables, names, own, strict=True):
+            table.pages = [page_of[name] for name in shared] + [free.pop() for _ in range(-(-count // page_size))]
+        for tensor_PSKD, kept in zip(self.pages, (self.k, self.v), strict=True):
+            for table, row, count in zip(self.tables, kept, self.cached, strict=True):
+                for token in range(count):
+                    tensor_PSKD[table.pages[token // page_size], token % page_size] = row[token]
+
+
 def assert_close(ours: Tensor, plain: Tensor, exact: Tensor, *, floor: float) -> None:
     """The tolerance rule: against `exact`, our error is at most twice `plain`'s plus `floor`, in RMS and in maximum."""
     assert ours.shape == exact.shape

@@ -8,15 +8,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 
 ROOT = Path(__file__).parent.parent
 WORKLOADS = {
     "decode": ["--batches", "1,3", "--context", "20", "--tokens", "4", "--skew", "1x60+3x9", "--against", "all"],
     "nano": ["--requests", "5", "--longest", "16", "--against", "transformers-cb,naive"],
-    "attention": ["--cases", "2x40,3x20+1x70", "--repeats", "3"],
+    "attention": ["--cases", "2x40,3x20+1x70,4x40/9+2x7", "--repeats", "3"],
     "step": ["--batches", "1,3", "--context", "20", "--tokens", "3"],
     "prefill": ["--prompt", "90", "--budgets", "64,32", "--decoding", "3", "--context", "20"],
 }
@@ -114,12 +116,15 @@ def check_nano(document: dict) -> None:
 
 
 def check_attention(document: dict) -> None:
-    assert [row["case"] for row in document["rows"]] == ["2x40", "3x20+1x70"]
+    assert [row["case"] for row in document["rows"]] == ["2x40", "3x20+1x70", "4x40/9+2x7"]
     for row in document["rows"]:
         assert row["floor_us"] > 0
-        found = row["backends"]["reference"]
-        assert found["us_per_layer"]["p20"] <= found["us_per_layer"]["p80"] and found["gemms_us_per_layer"] > 0
-        assert found["backend_check"]["ours_rms"] < 1e-5
+        assert row["backends"].keys() == {"reference", "cascade"}
+        for found in row["backends"].values():
+            assert found["us_per_layer"]["p20"] <= found["us_per_layer"]["p80"] and found["gemms_us_per_layer"] > 0
+            assert found["backend_check"]["ours_rms"] < 1e-5
+    even, _, shared = (row["floor_us"] for row in document["rows"])
+    assert shared / even == pytest.approx((40 + 4 * 9 + 2 * 7) / 80)
 
 
 def check_step(document: dict) -> None:
@@ -256,6 +261,23 @@ def test_lengths(tool) -> None:
     rows = tool("benchmark.rows")
     assert rows.lengths("1x300+2x7") == [300, 7, 7]
     assert rows.prompts([3, 5], 50) == rows.prompts([3, 5], 50)
+
+
+def test_rows_that_share(tool) -> None:
+    rows = tool("benchmark.rows")
+    assert rows.sharing_rows("2x32/5+1x7") == [(37, 32, 0), (37, 32, 0), (7, 0, 1)]
+    with pytest.raises(ValueError, match="ROWSxSHARED/OWN"):
+        rows.sharing_rows("2x32/")
+    attention = tool("benchmark.attention")
+    config = SimpleNamespace(
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, hidden_size=16, intermediate_size=16
+    )
+    config.num_hidden_layers = 1
+    asked = rows.sharing_rows("3x40/9+2x20")
+    pages = attention.Pages(attention.Chain(config, torch.float32, "cpu", 5), asked, torch.float32, "cpu")
+    first, *others = pages.tables[:3]
+    assert all(table[:2] == first[:2] for table in others)
+    assert len({page for table in pages.tables for page in table}) == 2 + 3 * 2 + 2 * 2
 
 
 @pytest.mark.parametrize("shape", sorted((ROOT / "tools" / "shapes").glob("*.json")), ids=lambda path: path.stem)

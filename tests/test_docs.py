@@ -150,6 +150,20 @@ def test_layouts_page(capsys: pytest.CaptureFixture) -> None:
     assert "[16, 2, 16, 64]) HND" in capsys.readouterr().out
 
 
+def test_cascade_page(capsys: pytest.CaptureFixture) -> None:
+    """Its last output is dense attention over what the cache then holds, and rows share what it says."""
+    names: dict = {}
+    exec("\n".join(code("cascade.md")), names)
+    assert capsys.readouterr().out.splitlines() == ["[3 3 0]", "[[2], []]"]
+    for row, (table, length) in enumerate(zip(names["tables"], names["lens"], strict=True)):
+        k, v = (
+            cache[table.pages].flatten(0, 1)[:length].transpose(0, 1)[None]
+            for cache in (names["k_cache"], names["v_cache"])
+        )
+        exact = F.scaled_dot_product_attention(names["q"][row][None, :, None], k, v, enable_gqa=True)[0, :, 0]
+        torch.testing.assert_close(names["out"][row], exact)
+
+
 def test_links_point_at_files() -> None:
     for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):

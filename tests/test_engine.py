@@ -915,7 +915,7 @@ def test_pages_held_outside_the_engine_are_named() -> None:
         ({"num_pages": 9, "kv_bytes": 1 << 20}, InvalidArgumentError, "num_pages=9 and kv_bytes=1048576: give one"),
         ({"kv_bytes": 100}, InvalidArgumentError, "fewer than 2 pages"),
         ({"backend": "flashinfer"}, BackendError, "it needs a CUDA device, this is cpu"),
-        ({"backend": "flash"}, InvalidArgumentError, "backend='flash': choose auto, fused, flashinfer or reference"),
+        ({"backend": "flash"}, InvalidArgumentError, "'flash': choose auto, fused, flashinfer, reference or cascade"),
         ({"capture": "some"}, InvalidArgumentError, "capture='some': choose all or lazy"),
         ({"layout": "HDN"}, InvalidArgumentError, "layout='HDN': choose auto, NHD or HND"),
         (

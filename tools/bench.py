@@ -9,6 +9,7 @@ Prints a table, and one JSON document as the last line (and into `--json PATH`).
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from benchmark.page import write_page
 from benchmark.peers import PEERS
 from benchmark.plot import WORKLOADS as PLOTTED
 from benchmark.plot import plot
-from benchmark.rows import PREFILL_TOKENS, lengths
+from benchmark.rows import PREFILL_TOKENS, lengths, sharing_rows
 from benchmark.run import Run
 from benchmark.shape import config_of
 
@@ -42,14 +43,14 @@ def chosen_peers(asked: str) -> list[str]:
     return names
 
 
-def read_cases(text: str) -> dict[str, list[int]]:
-    """Cases as they are written, with the tokens of each row.
+def read_cases(text: str, read: Callable[[str], list] = lengths) -> dict[str, list]:
+    """Cases as they are written, with the rows that `read` makes of each: by default the tokens of each.
 
     Raises:
         typer.BadParameter: one is written wrong.
     """
     try:
-        return {case: lengths(case) for case in text.split(",") if case}
+        return {case: read(case) for case in text.split(",") if case}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -71,7 +72,7 @@ def main(
     skew: Annotated[str, typer.Option(help="decode: one more batch, of uneven rows, like 1x32768+63x100.")] = "",
     requests: Annotated[int, typer.Option(min=1, help="nano: how many.")] = 256,
     longest: Annotated[int, typer.Option(min=1, help="nano: tokens of a prompt, and of an answer, at most.")] = 1024,
-    cases: Annotated[str, typer.Option(help="attention: rows x tokens, with commas.")] = CASES,
+    cases: Annotated[str, typer.Option(help="attention: rows x tokens, or x shared/own, with commas.")] = CASES,
     repeats: Annotated[int, typer.Option(min=1, help="attention: timed steps a figure.")] = 50,
     prompt: Annotated[int, typer.Option(min=1, help="prefill: tokens of the long prompt.")] = 16384,
     budgets: Annotated[str, typer.Option(help="prefill: values of max_prefill_tokens, with commas.")] = "8192,2048,512",
@@ -107,7 +108,7 @@ def main(
         if asked and workload not in served:
             raise typer.BadParameter(f"{option} goes with {' and '.join(served)}, not with {workload}")
     even = {f"{size}x{context}": [context] * size for size in read_counts("batches", batches)}
-    uneven, chains, prefill_tokens = read_cases(skew), read_cases(cases), read_counts("budgets", budgets)
+    uneven, chains, prefill_tokens = read_cases(skew), read_cases(cases, sharing_rows), read_counts("budgets", budgets)
     compiled = "auto" if compile is None else compile
     engine = {"backend": backend, "prefill": kernel, "compile": compiled, "enforce_eager": enforce_eager}
 

@@ -12,7 +12,7 @@ from ..backends.base import PREFILL_KERNELS
 from ..buckets import BucketLadder
 from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..hf.load import end_token_ids, load_model
-from ..plan import BACKENDS
+from ..plan import BACKENDS, CASCADE_MODES
 from ..profile import CaptureProfile
 from ..runner import CAPTURE_MODES, CAPTURE_OOM_MODES
 from ..spans import BackendTable
@@ -30,6 +30,7 @@ def check_arguments(
     capture,
     layout,
     prefill,
+    cascade,
     on_capture_oom,
     on_kv_oom,
     **counts,
@@ -47,6 +48,7 @@ def check_arguments(
         ("on_capture_oom", on_capture_oom, CAPTURE_OOM_MODES),
         ("on_kv_oom", on_kv_oom, KV_OOM_MODES),
         ("prefill", prefill, PREFILL_KERNELS),
+        ("cascade", cascade, CASCADE_MODES),
     ):
         if value not in allowed:
             raise InvalidArgumentError(f"{name}={value!r}: choose {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
@@ -81,14 +83,19 @@ def ladder_for(max_batch: int, buckets: Sequence[int] | None, profile: CapturePr
     return BucketLadder(profile.ladder)
 
 
-def backend_for(backend: str, profile: CaptureProfile | None) -> str | BackendTable:
+def backend_for(backend: str, profile: CaptureProfile | None, cascade: str) -> str | BackendTable:
     """The backend asked for, or who serves each of the profile's buckets.
 
     Raises:
-        InvalidArgumentError: a backend was asked for, and the profile has another one.
+        InvalidArgumentError: a backend was asked for, and the profile has another one; or a cascade, which no profile
+            has measured.
     """
     if profile is None:
         return backend
+    if cascade != "off":
+        raise InvalidArgumentError(
+            f"cascade={cascade!r} and a capture_profile, which does not know what cascades take: give one of them"
+        )
     named = sorted({span.backend for spans in profile.backends.values() for span in spans})
     if backend != "auto" and named != [backend]:
         raise InvalidArgumentError(

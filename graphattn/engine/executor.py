@@ -46,6 +46,7 @@ class Executor:
         binding: Binding,
         *,
         backend: str | BackendTable,
+        cascade: str,
         enforce_eager: bool,
         compile: bool,
         capture: str,
@@ -55,7 +56,8 @@ class Executor:
         max_prefill_tokens: int,
     ):
         self.binding, self.model, self.device = binding, binding.model, binding.model.device
-        self.num_layers, self.backend, self.is_lazy = len(binding.layers), backend, capture == "lazy"
+        self.num_layers, self.backend, self.cascade = len(binding.layers), backend, cascade
+        self.is_lazy = capture == "lazy"
         self.prefill_kernel, self.max_prefill_tokens = prefill, max_prefill_tokens
         self._options = {"enforce_eager": enforce_eager, "capture": capture, "on_capture_oom": on_capture_oom}
         self.runner: DecodeRunner | None = None
@@ -81,7 +83,7 @@ class Executor:
     def lay_out(self, cache: CacheSpec, ladder: BucketLadder, max_seq_len: int) -> None:
         """Makes pages, buffers, plans of prefill and a runner; the compiled step is the same for any."""
         groups = [self.binding.spec]
-        self.planner = Planner(groups, cache, self.device, self.backend)
+        self.planner = Planner(groups, cache, self.device, self.backend, self.cascade)
         self.cache = KVCache(self.num_layers, self.binding.spec, cache, self.device)
         self.binding.bind(self.cache)
         self.state = StepState(

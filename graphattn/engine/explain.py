@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..backends.cascade import CascadeBackend
+from ..plan import Planner
 from .executor import Executor
 from .scheduler import Scheduler
 from .step import ModelStep
@@ -22,6 +24,7 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str
             f"decode      {mode}, {compiled}",
             f"prefill     no CUDA graphs, {compiled}; {executor.about_prefill}",
             f"backend     {', '.join(planner.all_names)} on {executor.device}",
+            *_cascade(planner),
             f"layers      {executor.num_layers} x {executor.binding.spec}",
             f"rope        {_rope(executor)}",
             f"merged      {_merged(executor)}",
@@ -43,7 +46,15 @@ def _bucket(executor: Executor, bucket: int, backend: str) -> str:
     spans = planner.spans(bucket)
     starts = [str(span.context) for span in spans if span.backend == backend]
     where = "" if len(spans) == 1 else f" from {' and '.join(starts)} tokens a row"
+    if not starts:
+        where = " where rows share enough"
     return f"{bucket} {backend}{where} ({run.served[bucket, backend]} steps)"
+
+
+def _cascade(planner: Planner) -> tuple[str, ...]:
+    if CascadeBackend.name not in planner.all_names:
+        return ()
+    return (f"cascade     {planner.num_shared} steps attended once to pages that rows share",)
 
 
 def _linears(step: ModelStep) -> str:

@@ -46,7 +46,8 @@ class LLM:
         dtype: of the weights when loading; None for what the file holds.
         device: where to load; None for CUDA where there is one.
         backend: "auto" (the profile's, or the fused one or else FlashInfer on CUDA, the reference elsewhere), "fused",
-            "flashinfer" or "reference".
+            "flashinfer", "reference", or "cascade", which reads pages that requests share once for all of them.
+        cascade: "auto" captures a cascade for every bucket besides, for steps where `prefixes.pays` says so; "off".
         enforce_eager: no CUDA graphs. Steps still run at the buckets, with the same bits.
         compile: compile the step with Inductor; "auto" does on CUDA.
         capture: "all" buckets at start, or "lazy": the largest at start, others when first used.
@@ -56,23 +57,20 @@ class LLM:
         page_size: tokens in a page.
         num_pages: pages of the cache, the null page among them.
         kv_bytes: bytes of the cache, instead of `num_pages`.
-        memory_fraction: with neither, what the engine may take, graphs and activations included, of the memory that is
-            free once the model is loaded (no more than `max_batch` requests of `max_seq_len` can use).
+        memory_fraction: with neither, what the engine may take, all in all, of the memory that is free once the model
+            is loaded (no more than `max_batch` requests of `max_seq_len` can use).
         on_kv_oom: where memory does not hold that cache: "raise", or "shrink" it to what is free then, with a warning.
-        on_capture_oom: where memory does not hold a bucket's graph: "raise", or "shrink" the ladder, and with it
-            `max_batch` if the largest does not fit, with a warning.
+        on_capture_oom: where it does not hold a graph: "raise", or "shrink" ladder and `max_batch`, with a warning.
         kv_dtype: of the cache; None, or the model's own dtype: no backend serves another one yet.
         layout: of a page: "NHD" (slots before heads), "HND" or "auto", which is NHD.
-        capture_profile: a file of `tools/capture.py` that the ladder and each bucket's backend are taken from. Made
-            for another `max_batch`, model, page, device or version it is refused.
-        record_batches: a file that `close()` writes how many decode steps ran with how many rows into: what
-            `tools/capture.py` chooses buckets for.
+        capture_profile: a file of `tools/capture.py` with the ladder and each bucket's backend; refused if it was made
+            for another `max_batch`, model, page, device or version.
+        record_batches: a file for `tools/capture.py`: `close()` writes how many steps ran with how many rows into it.
         max_prefill_tokens: prompt tokens computed in one step; longer prompts are prefilled in chunks.
-        prefill: FlashInfer's kernels for it: "fa2", "fa3", or "auto", which is fa3 for batches large enough on a Hopper
-            GPU once its module is there: "fa3" compiles it, in a minute or more.
+        prefill: FlashInfer's kernels: "fa2", "fa3" (compiled once, in a minute or more), or "auto", which is fa3 for
+            batches large enough on a Hopper GPU if its module is there.
         prefix_cache: share full pages between requests that begin alike.
-        progress: called as `progress(stage, done, total)` while loading ("load"), in a first capture that
-            only measures ("measure", where the cache is sized by what is left) and capturing ("capture").
+        progress: called as `progress(stage, done, total)`; stages "load", "measure" (to size the cache) and "capture".
 
     Raises:
         ModelFileError: no model at that path.
@@ -93,6 +91,7 @@ class LLM:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         backend: str = "auto",
+        cascade: str = "off",
         enforce_eager: bool = False,
         compile: bool | str = "auto",
         capture: str = "all",
@@ -124,6 +123,7 @@ class LLM:
             capture=capture,
             layout=layout,
             prefill=prefill,
+            cascade=cascade,
             memory_fraction=memory_fraction,
             max_seq_len=max_seq_len,
             max_prefill_tokens=max_prefill_tokens,
@@ -141,7 +141,8 @@ class LLM:
             undo.callback(binding.detach)
             self._executor = Executor(
                 binding,
-                backend=backend_for(backend, profile),
+                backend=backend_for(backend, profile, cascade),
+                cascade=cascade,
                 enforce_eager=enforce_eager,
                 compile=model.device.type == "cuda" if compile == "auto" else compile,
                 capture=capture,
@@ -167,8 +168,8 @@ class LLM:
         self._finalizer = weakref.finalize(self, self._executor.close)
         self._finalizer.atexit = False
         self._prompts = PromptReader(tokenizer, vocab_size=vocab_size, limit=limit, pool=self.pool)
-        limits = {"max_batch": max_batch, "max_prefill_tokens": max_prefill_tokens}
-        self._scheduler = Scheduler(self.pool, **limits, length_rule=self._executor.binding.length_rule)
+        limits = {"max_batch": max_batch, "max_prefill_tokens": max_prefill_tokens, "length_rule": binding.length_rule}
+        self._scheduler = Scheduler(self.pool, **limits)
         self._engine = Engine(
             self._executor,
             self._scheduler,
@@ -321,7 +322,7 @@ class LLM:
             ladder: the buckets that a start from it captures, among those captured here; None for all.
 
         Raises:
-            InvalidArgumentError: a bucket that was not captured.
+            InvalidArgumentError: a bucket that was not captured, or cascades that were.
         """
         self._check_open()
         return profile_of(self._executor, self._start.costs(), step_times or {}, ladder)

@@ -91,6 +91,10 @@ def profile_of(
     ladder: Sequence[int] | None,
 ) -> CaptureProfile:
     """What capture took at each bucket, with step times that were measured since."""
+    if executor.cascade != "off":
+        raise InvalidArgumentError(
+            f"cascade={executor.cascade!r}: a profile says who serves a context, not what rows share; measure without"
+        )
     planner, captures = executor.planner, executor.runner.captures
     captured = sorted({capture.bucket for capture in captures})
     unknown = sorted({*step_times} - {*captured})

@@ -16,12 +16,13 @@ from torch import Tensor
 import graphattn as ga
 
 from .accuracy import is_wrong, rms
-from .rows import lengths
+from .rows import Row, sharing_rows
 from .shape import head_dim_of, token_bytes
 from .timing import quantile, spread, wait
 
 PAGE_SIZE = 16
 BACKENDS = {"cuda": ("fused", "flashinfer"), "cpu": ("reference",)}
+MEASURED = {device: (*names, "cascade") for device, names in BACKENDS.items()}
 WARM_STEPS = 5
 
 
@@ -82,15 +83,21 @@ class Chain:
 
 
 class Pages:
-    """Random keys and values for rows of these lengths, pages in random order, bound to the chain's layers."""
+    """Random keys and values for these rows, pages in random order, bound to the chain's layers.
 
-    def __init__(self, chain: Chain, lens: list[int], dtype: torch.dtype, device: str):
+    Of what rows share, full pages are shared; the rest is each row's own.
+    """
+
+    def __init__(self, chain: Chain, rows: list[Row], dtype: torch.dtype, device: str):
         chain.attention = chain.unbound()  # the pages of an earlier case go before these are made
-        self.spec, self.lens = chain.attention[0].spec, lens
-        pool = ga.PagePool(1 + sum(-(-length // PAGE_SIZE) for length in lens), PAGE_SIZE)
-        self.tables = [ga.BlockTable(pool) for _ in lens]
-        for row in random.Random(0).sample(range(len(lens)), len(lens)):
-            self.tables[row].grow(lens[row])
+        self.spec, self.lens = chain.attention[0].spec, [row.tokens for row in rows]
+        num_shared = {row.part: row.shared // PAGE_SIZE for row in rows}
+        num_own = [-(-row.tokens // PAGE_SIZE) - num_shared[row.part] for row in rows]
+        pool = ga.PagePool(1 + sum(num_own) + sum(num_shared.values()), PAGE_SIZE)
+        shared = {part: pool.allocate(count) for part, count in num_shared.items()}
+        self.tables: list[list[int]] = [[] for _ in rows]
+        for row in random.Random(0).sample(range(len(rows)), len(rows)):
+            self.tables[row] = shared[rows[row].part] + pool.allocate(num_own[row])
         self.cache = ga.CacheSpec(num_pages=pool.num_pages, page_size=PAGE_SIZE, dtype=dtype)
         self.layers = ga.KVCache(len(chain.attention), self.spec, self.cache, device).layers
         for attention, pair in zip(chain.attention, self.layers, strict=True):
@@ -100,7 +107,7 @@ class Pages:
 
     @property
     def page_lists(self) -> list[list[list[int]]]:
-        return [[table.pages for table in self.tables]]
+        return [self.tables]
 
     def runner(self, step_fn, device: str, backend: str) -> ga.DecodeRunner:
         """Captures `step_fn` for all rows; on a CPU it is called as it is."""
@@ -159,7 +166,7 @@ def check(chain: Chain, pages: Pages, device: str, backend: str) -> dict:
     k_cache, v_cache = pages.layers[0]
     errors: dict[str, list[float]] = {"ours": [], "plain": []}
     for row, (length, table) in enumerate(zip(pages.lens, pages.tables, strict=True)):
-        taken = torch.tensor(table.pages, device=device)
+        taken = torch.tensor(table, device=device)
         k, v = (cache[taken].flatten(0, 1)[:length].transpose(0, 1)[None] for cache in (k_cache, v_cache))
         q = q_NHD[row][None, :, None]
         options = {"enable_gqa": q.shape[1] != k.shape[1], "scale": pages.spec.scale}
@@ -177,15 +184,17 @@ def measure(config, dtype: torch.dtype, device: str, cases: list[str], repeats: 
         RuntimeError: a backend's output is wrong.
     """
     rows, num_layers = [], config.num_hidden_layers
-    chain = Chain(config, dtype, device, max(len(lengths(case)) for case in cases))
+    chain = Chain(config, dtype, device, max(len(sharing_rows(case)) for case in cases))
     for case in cases:
-        lens = lengths(case)
-        floor_us = sum(lens) * token_bytes(config, dtype.itemsize) / rate * 1e6
+        asked = sharing_rows(case)
+        read = sum(each.tokens - each.shared for each in asked)  # shared tokens once
+        read += sum({each.part: each.shared for each in asked}.values())
+        floor_us = read * token_bytes(config, dtype.itemsize) / rate * 1e6
         row: dict = {"case": case, "floor_us": floor_us, "backends": {}}
-        for backend in BACKENDS[device]:
+        for backend in MEASURED[device]:
             try:
                 with torch.no_grad():
-                    row["backends"][backend] = _one(chain, lens, dtype, device, backend, repeats, num_layers)
+                    row["backends"][backend] = _one(chain, asked, dtype, device, backend, repeats, num_layers)
             except (ga.BackendError, torch.OutOfMemoryError) as error:
                 row["backends"][backend] = {"error": f"{type(error).__name__}: {error}"}
             if device == "cuda":
@@ -195,9 +204,10 @@ def measure(config, dtype: torch.dtype, device: str, cases: list[str], repeats: 
 
 
 def _one(
-    chain: Chain, lens: list[int], dtype: torch.dtype, device: str, backend: str, repeats: int, num_layers: int
+    chain: Chain, rows: list[Row], dtype: torch.dtype, device: str, backend: str, repeats: int, num_layers: int
 ) -> dict:
-    pages = Pages(chain, lens, dtype, device)
+    pages = Pages(chain, rows, dtype, device)
+    lens = pages.lens
     checked = check(chain, pages, device, backend)
     if is_wrong(checked):
         raise RuntimeError(f"{backend} is wrong, so it is not measured: {checked}")

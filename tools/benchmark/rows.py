@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import torch
 
 WARM_TOKENS = 16  # tokens of each row before timing starts
 PREFILL_TOKENS = 8192  # prompt tokens a step, LLM's default
+
+
+class Row(NamedTuple):
+    """Tokens of a row, how many of them it shares with the rows of its part, and which part of the case that is."""
+
+    tokens: int
+    shared: int
+    part: int
+
+
+def sharing_rows(case: str) -> list[Row]:
+    """The rows of a case whose parts may also read "256x8192/256": 256 rows of 256 tokens behind 8192 that they share.
+
+    Raises:
+        ValueError: it is not written like that.
+    """
+    rows = []
+    for index, part in enumerate(case.split("+")):
+        found = re.fullmatch(r"([1-9]\d*)x(?:(\d+)/)?([1-9]\d*)", part)
+        if found is None:
+            raise ValueError(
+                f"rows {case!r}: write ROWSxTOKENS or ROWSxSHARED/OWN, parts joined by +, like 8x1024 or 256x8192/256"
+            )
+        shared = int(found[2] or 0)
+        rows += [Row(shared + int(found[3]), shared, index)] * int(found[1])
+    return rows
 
 
 def lengths(case: str) -> list[int]:

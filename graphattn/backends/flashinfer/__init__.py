@@ -56,7 +56,8 @@ class FlashInferBackend:
     def decode_plan(self, state: StepState, bucket: int) -> Plan:
         from .decode import DecodePlan
 
-        return DecodePlan(self._group, self._spec, self._cache, state, bucket, self._decode_workspace)
+        csr, max_pages = state.csr(bucket, self._group), state.max_pages_per_row
+        return DecodePlan(self._group, self._spec, self._cache, csr, max_pages, self._decode_workspace)
 
     def prefill_plan(self, kernel: str = "auto", max_tokens: int = 0) -> PrefillPlan:
         from .prefill import RaggedPlan

@@ -7,9 +7,8 @@ from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 from flashinfer.decode import fast_decode_plan
 from torch import Tensor
 
-from ...batch import Batch
+from ...batch import CSR, Batch
 from ...spec import AttentionSpec, CacheSpec
-from ...state import StepState
 from . import private
 from .paged import PagedPlan
 from .workspace import Workspace
@@ -35,6 +34,10 @@ class DecodePlan(PagedPlan):
     mode its `plan_info` depends on the bucket alone. With one query token a row, a plan for more pages than a row has
     is right too: chunks beyond its length come out empty (prefill.cuh clamps them to the length it reads). So rows are
     planned for by `planned_pages`, and again only when that changes.
+
+    Args:
+        csr: the pages of each row, at fixed addresses; what the first plan writes there must be overwritten.
+        max_pages: pages that one row may have.
     """
 
     def __init__(
@@ -42,11 +45,11 @@ class DecodePlan(PagedPlan):
         group: int,
         spec: AttentionSpec,
         cache: CacheSpec,
-        state: StepState,
-        bucket: int,
+        csr: CSR,
+        max_pages: int,
         workspace: Workspace,
     ):
-        csr = state.csr(bucket, group)
+        bucket = len(csr.last_page_len_B)
         wrapper = BatchDecodeWithPagedKVCacheWrapper(
             workspace.placeholder(),
             cache.layout,
@@ -59,7 +62,7 @@ class DecodePlan(PagedPlan):
         )
         super().__init__(group, spec, cache, wrapper)
         self._indices_P = csr.indices_P
-        self._max_pages = state.max_pages_per_row
+        self._max_pages = max_pages
         workspace.fit(wrapper, wrapper.workspace_size(*self._rows(self._full(bucket)), *self._shape, **self._options))
         with self._fence:
             # The one full plan, which picks the kernel; later ones reuse it and write no page table.
@@ -72,7 +75,11 @@ class DecodePlan(PagedPlan):
 
     def plan(self, batch: Batch) -> None:
         self._read(batch)
-        planned_B = planned_pages(-(-batch.kv_lens_B // self._shape[-1]), self._max_pages)
+        self.plan_lens(batch.kv_lens_B)
+
+    def plan_lens(self, kv_lens_B: Tensor) -> None:
+        """Splits the work for rows of so many tokens, int32 on the host."""
+        planned_B = planned_pages(-(-kv_lens_B // self._shape[-1]), self._max_pages)
         if torch.equal(planned_B, self._planned_B):
             return
         rows = self._rows(planned_B)
@@ -81,6 +88,10 @@ class DecodePlan(PagedPlan):
         with self._fence:
             fast_decode_plan(self._wrapper, *rows, *self._shape, **self._options, global_override_indptr_cpu=rows[0])
         self._planned_B = planned_B
+
+    def state(self, q_BHD: Tensor, pages: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Attention over the pages planned for `[B, H, D]`, and its log-sum-exp to base 2, `[B, H]` float32."""
+        return self._wrapper.run(q_BHD, pages, out=q_BHD.new_empty(q_BHD.shape), return_lse=True)
 
     def _full(self, bucket: int) -> Tensor:
         return torch.full((bucket,), self._max_pages, dtype=torch.int32, device="cpu")

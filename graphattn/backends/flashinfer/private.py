@@ -12,6 +12,7 @@ import flashinfer
 import torch
 from flashinfer.jit import gen_batch_prefill_module, gen_customize_batch_prefill_module
 from flashinfer.prefill import get_batch_prefill_jit_module, get_batch_prefill_module
+from torch import Tensor
 
 from ...errors import BackendError
 from ...spec import POS_ENCODINGS, AttentionSpec, CacheSpec
@@ -29,6 +30,41 @@ if flashinfer.__version__ != VERSION:
 def plan_info(wrapper) -> tuple[int, ...]:
     """The planner's offsets and sizes, which a captured launch of the wrapper holds by value."""
     return tuple(wrapper._plan_info)
+
+
+def replan_prefill(
+    wrapper, qo_indptr_S1: Tensor, kv_indptr_S1: Tensor, kv_lens_S: Tensor, spec: AttentionSpec, page_size: int
+) -> None:
+    """Splits the work of a captured fa2 prefill, not causal, anew; its `plan` does too, and writes the page tables.
+
+    Args:
+        wrapper: planned once by `plan`, for as many slots and at least as many queries.
+        qo_indptr_S1, kv_indptr_S1: queries and pages of each slot, int32 on the host.
+        kv_lens_S: tokens of those pages, likewise.
+        spec, page_size: as in that plan.
+    """
+    wrapper._plan_info = wrapper._cached_module.plan(
+        wrapper._float_workspace_buffer,
+        wrapper._int_workspace_buffer,
+        wrapper._pin_memory_int_workspace_buffer,
+        qo_indptr_S1,
+        kv_indptr_S1,
+        kv_lens_S,
+        wrapper._max_total_num_rows,
+        len(kv_lens_S),
+        spec.num_heads,
+        spec.num_kv_heads,
+        page_size,
+        True,  # in a CUDA graph
+        spec.head_dim,
+        spec.head_dim,
+        False,  # causal
+        -1,  # window_left
+        -1,  # fixed_split_size
+        False,  # disable_split_kv
+        0,  # num_colocated_ctas
+        0,  # uniform_q_len
+    )
 
 
 def why_no_fa3(spec: AttentionSpec, cache: CacheSpec) -> str | None:

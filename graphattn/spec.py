@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -15,7 +15,7 @@ POS_ENCODINGS = ("none", "rope_llama")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AttentionSpec:
     """One layer group: layers whose attention is the same computation and so can share one plan.
 
@@ -82,6 +82,11 @@ class AttentionSpec:
                 f"variant {self.variant.name} is for {self.variant.num_heads} heads, num_heads is {self.num_heads}: "
                 "give its tensors one entry for each query head"
             )
+
+    def __repr__(self) -> str:
+        """All but what is as it is by default."""
+        told = (field for field in fields(self) if getattr(self, field.name) != field.default)
+        return f"AttentionSpec({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in told)})"
 
     @property
     def group_size(self) -> int:

@@ -157,6 +157,16 @@ def test_frequencies_of_a_length_that_the_layers_cannot_apply() -> None:
     model = tiny("cohere", rope_parameters=ROPES["longrope"] | {"rope_type": "longrope"})
     with pytest.raises(UnsupportedModelError, match="from the longest row of a batch, so requests would change each"):
         LLM(model, max_batch=2, num_pages=40)
+    model = of_rope_type("dynamic")
+    model.model.other = copy.deepcopy(model.model.rotary_emb)
+    with pytest.raises(UnsupportedModelError, match="rotate instead: the model has 2 rotary embeddings"):
+        LLM(model, max_batch=2, num_pages=40)
+    model = of_rope_type("longrope")
+    model.model.rotary_emb.rope_type = {"full_attention": "longrope"}
+    with pytest.raises(
+        UnsupportedModelError, match="rotate instead: its layers have rotary embeddings of several kinds"
+    ):
+        LLM(model, max_batch=2, num_pages=40)
     with pytest.raises(UnsupportedModelError, match="graphattn.LLM gives each request its own"):
         attach(of_rope_type("dynamic"))
 

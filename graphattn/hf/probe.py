@@ -86,13 +86,18 @@ def refuse_config(model: PreTrainedModel, *, packs: bool) -> None:
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind not in SERVED_LAYER_TYPES:
             raise UnsupportedModelError(f"{name}: layer {layer} is {kind}, which is not served")
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if not packs and parameters.get("rope_type") in LENGTH_DEPENDENT:
-            raise UnsupportedModelError(
-                f"{name}: rope type {parameters['rope_type']} takes its frequencies from the longest row of a batch, "
-                "so rows would change each other; graphattn.LLM gives each request its own"
-            )
+    if not packs and (kind := length_dependent(model)):
+        raise UnsupportedModelError(
+            f"{name}: rope type {kind} takes its frequencies from the longest row of a batch, so rows would change "
+            "each other; graphattn.LLM gives each request its own"
+        )
+
+
+def length_dependent(model: PreTrainedModel) -> str | None:
+    """A rope type of the model whose frequencies depend on the longest row of a batch; None if it has none."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)]
+    return next((kind for kind in kinds if kind in LENGTH_DEPENDENT), None)
 
 
 def refuse_positions_by_place(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..rope import LengthRule, Rotary
 from .frequencies import frequencies, length_rule
 from .load import max_positions
-from .probe import IMPLEMENTATIONS, Call, probe
+from .probe import IMPLEMENTATIONS, Call, length_dependent, probe
 
 ROTATE = "apply_rotary_pos_emb"  # what nearly every modeling file of transformers calls its rotation
 NORMS = ("q_norm", "k_norm")
@@ -58,7 +58,7 @@ class RotaryTakeover:
             raise
         if self.reason is not None:
             self.detach()
-        if self.reason is not None and self.length_rule is not None:
+        if self.reason is not None and length_dependent(model):
             raise UnsupportedModelError(
                 f"{type(model).__name__} takes rotary frequencies from the longest row of a batch, so requests would "
                 f"change each other, and its layers cannot rotate instead: {self.reason}"
@@ -87,6 +87,8 @@ class RotaryTakeover:
             return f"the model has {len(embeddings)} rotary embeddings"
         embedding, at = embeddings[0], [(POSITIONS, None)]
         self.length_rule, scaling = length_rule(embedding), float(getattr(embedding, "attention_scaling", 1.0))
+        if self.length_rule is None and length_dependent(model):
+            return "its layers have rotary embeddings of several kinds"
         threshold = 0 if self.length_rule is None else self.length_rule.threshold
         if self.length_rule is not None:
             at.insert(0, ((POSITIONS[0], threshold + 1), threshold + 2))  # first, since the other resets the embedding

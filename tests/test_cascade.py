@@ -344,7 +344,8 @@ def test_captured_once_for_all_steps(heads: str, options: dict, layout: str) -> 
             graph.replay()
         replayed = out.clone()
         staged(state, rows)
-        assert torch.equal(call(), replayed) and replayed.isfinite().all()
+        # Padding rows all write one slot, with values that differ here: which of them is read back is a race.
+        assert torch.equal(call()[: len(step)], replayed[: len(step)]) and replayed.isfinite().all()
         for fixed, fresh in zip(pages, rows.cache.layers[0], strict=True):
             fresh.copy_(fixed)
         check(rows, replayed[: len(step)], floor=1e-3)

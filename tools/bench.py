@@ -17,6 +17,7 @@ import typer
 from benchmark import attention, decode, nano, prefill, report, step
 from benchmark.options import read_counts
 from benchmark.page import write_page
+from benchmark.paths import COMPARISONS
 from benchmark.peers import PEERS
 from benchmark.plot import WORKLOADS as PLOTTED
 from benchmark.plot import plot
@@ -73,6 +74,7 @@ def main(
     requests: Annotated[int, typer.Option(min=1, help="nano: how many.")] = 256,
     longest: Annotated[int, typer.Option(min=1, help="nano: tokens of a prompt, and of an answer, at most.")] = 1024,
     cases: Annotated[str, typer.Option(help="attention: rows x tokens, or x shared/own, with commas.")] = CASES,
+    compare: Annotated[str, typer.Option(help=f"attention: what to compare: {', '.join(COMPARISONS)}.")] = "backends",
     repeats: Annotated[int, typer.Option(min=1, help="attention: timed steps a figure.")] = 50,
     prompt: Annotated[int, typer.Option(min=1, help="prefill: tokens of the long prompt.")] = 16384,
     budgets: Annotated[str, typer.Option(help="prefill: values of max_prefill_tokens, with commas.")] = "8192,2048,512",
@@ -83,6 +85,7 @@ def main(
     peer_timeout: Annotated[int, typer.Option(min=1, help="Seconds that a peer may take.")] = 900,
     backend: Annotated[str, typer.Option(help="As LLM takes it.")] = "auto",
     kernel: Annotated[str, typer.Option("--prefill", help="As LLM takes it.")] = "auto",
+    cascade: Annotated[str, typer.Option(help="As LLM takes it.")] = "off",
     compile: Annotated[bool | None, typer.Option(help="Compile the step; on CUDA by default.")] = None,
     enforce_eager: Annotated[bool, typer.Option(help="No CUDA graphs.")] = False,
     commit: Annotated[str | None, typer.Option(help="The commit, where there is no git to ask.")] = None,
@@ -103,6 +106,8 @@ def main(
         return plot(document, plot_path)
     if workload not in WORKLOADS:
         raise typer.BadParameter(f"workload {workload!r}: choose {', '.join(WORKLOADS)}")
+    if compare not in COMPARISONS:
+        raise typer.BadParameter(f"compare {compare!r}: choose {', '.join(COMPARISONS)}")
     peers = chosen_peers(against)
     for option, asked, served in (("--against", peers, WITH_PEERS), ("--plot", plot_path, PLOTTED)):
         if asked and workload not in served:
@@ -110,7 +115,13 @@ def main(
     even = {f"{size}x{context}": [context] * size for size in read_counts("batches", batches)}
     uneven, chains, prefill_tokens = read_cases(skew), read_cases(cases, sharing_rows), read_counts("budgets", budgets)
     compiled = "auto" if compile is None else compile
-    engine = {"backend": backend, "prefill": kernel, "compile": compiled, "enforce_eager": enforce_eager}
+    engine = {
+        "backend": backend,
+        "prefill": kernel,
+        "compile": compiled,
+        "enforce_eager": enforce_eager,
+        "cascade": cascade,
+    }
 
     run = Run(workload, shape, engine, commit, json_path)
     if workload != "attention" and not run.check():  # that one checks each backend at each case
@@ -130,8 +141,9 @@ def main(
         run.add(rows=run.on_engine(nano.sizes(drawn), lambda llm: nano.measure(llm, drawn)))
         tables = [report.nano_table(run.document["rows"])]
     elif workload == "attention":
-        found = attention.measure(config_of(shape), run.dtype, run.device, list(chains), repeats, run.rate)
-        run.add(rows=found)
+        shaped = config_of(shape)
+        found = attention.measure(shaped, run.dtype, run.device, list(chains), repeats, run.rate, compare)
+        run.add(rows=found, compared=compare)
         tables = [report.attention_table(found)]
     elif workload == "step":
         steps = min(MOST_PROFILED, tokens)

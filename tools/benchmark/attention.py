@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import graphattn as ga
 
-from .accuracy import is_wrong, rms
+from .accuracy import is_wrong
+from .paths import Path, Turn, compared
 from .rows import Row, sharing_rows
 from .shape import head_dim_of, token_bytes
 from .timing import quantile, spread, wait
 
 PAGE_SIZE = 16
-BACKENDS = {"cuda": ("fused", "flashinfer"), "cpu": ("reference",)}
-MEASURED = {device: (*names, "cascade") for device, names in BACKENDS.items()}
 WARM_STEPS = 5
 
 
@@ -54,18 +53,26 @@ class Chain:
             [torch.randn(size, **options) * size[0] ** -0.5 for size in sizes] for _ in range(config.num_hidden_layers)
         ]
         self.x = torch.randn(max_batch, hidden, **options)
-        self.attention, self.attends = self.unbound(), True
+        self.device, self.attends, self.turns = device, True, False
+        self.turn = Turn(self.head_dim, device)
+        self.attention: list[ga.Attention] = []
 
-    def unbound(self) -> list[ga.Attention]:
+    def unbound(self, path: Path) -> list[ga.Attention]:
         """Attention layers without pages."""
-        return [ga.Attention(self.heads, self.head_dim, num_kv_heads=self.kv_heads) for _ in self.weights]
+        options = path.options(self.heads, self.head_dim, self.device)
+        return [ga.Attention(self.heads, self.head_dim, num_kv_heads=self.kv_heads, **options) for _ in self.weights]
 
     def __call__(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         x = self.x[: len(token_ids)]
+        turned = self.attends and self.turns
+        angles = self.turn.angles(positions, x.dtype) if turned else None
         for attention, weights in zip(self.attention, self.weights, strict=True):
             qkv = x @ weights[0]
             if self.attends:
-                attended = attention(*self.heads_of(qkv)).flatten(1)
+                q, k, v = self.heads_of(qkv)
+                if turned:
+                    q, k = self.turn(q, k, angles)
+                attended = attention(q, k, v).flatten(1)
             else:
                 attended = qkv[:, : weights[1].shape[0]]  # a view, which a GEMM reads without a copy
             gate_up = attended @ weights[1] @ weights[2]
@@ -88,8 +95,9 @@ class Pages:
     Of what rows share, full pages are shared; the rest is each row's own.
     """
 
-    def __init__(self, chain: Chain, rows: list[Row], dtype: torch.dtype, device: str):
-        chain.attention = chain.unbound()  # the pages of an earlier case go before these are made
+    def __init__(self, chain: Chain, path: Path, rows: list[Row], dtype: torch.dtype, device: str):
+        chain.attention, chain.turns = [], path.turns  # the pages of an earlier case go before these are made
+        chain.attention = chain.unbound(path)
         self.spec, self.lens = chain.attention[0].spec, [row.tokens for row in rows]
         num_shared = {row.part: row.shared // PAGE_SIZE for row in rows}
         num_own = [-(-row.tokens // PAGE_SIZE) - num_shared[row.part] for row in rows]
@@ -98,7 +106,7 @@ class Pages:
         self.tables: list[list[int]] = [[] for _ in rows]
         for row in random.Random(0).sample(range(len(rows)), len(rows)):
             self.tables[row] = shared[rows[row].part] + pool.allocate(num_own[row])
-        self.cache = ga.CacheSpec(num_pages=pool.num_pages, page_size=PAGE_SIZE, dtype=dtype)
+        self.cache = ga.CacheSpec(num_pages=pool.num_pages, page_size=PAGE_SIZE, dtype=dtype, layout=path.layout)
         self.layers = ga.KVCache(len(chain.attention), self.spec, self.cache, device).layers
         for attention, pair in zip(chain.attention, self.layers, strict=True):
             for pages in pair:
@@ -153,35 +161,41 @@ def launch_us(runner: ga.DecodeRunner, lens: list[int], tables: list, device: st
     return quantile(times, 0.5) * 1e6
 
 
-def check(chain: Chain, pages: Pages, device: str, backend: str) -> dict:
-    """The first layer's output against float32 attention over the same keys and values, plain torch's error beside."""
+def check(chain: Chain, pages: Pages, path: Path, device: str) -> dict:
+    """The first layer's output against that of plain torch in float32, and beside it plain torch's in this dtype."""
 
     def first_layer(token_ids: Tensor, positions: Tensor) -> Tensor:
         return chain.attention[0](*chain.first_heads(len(token_ids)))
 
-    runner = pages.runner(first_layer, device, backend)
-    out_NHD = runner.run([0] * len(pages.lens), pages.lens, pages.page_lists).clone()
+    runner = pages.runner(first_layer, device, path.backend)
+    ours = runner.run([0] * len(pages.lens), pages.lens, pages.page_lists).clone()
     runner.close()
-    q_NHD = chain.first_heads(len(pages.lens))[0]
-    k_cache, v_cache = pages.layers[0]
-    errors: dict[str, list[float]] = {"ours": [], "plain": []}
-    for row, (length, table) in enumerate(zip(pages.lens, pages.tables, strict=True)):
-        taken = torch.tensor(table, device=device)
-        k, v = (cache[taken].flatten(0, 1)[:length].transpose(0, 1)[None] for cache in (k_cache, v_cache))
-        q = q_NHD[row][None, :, None]
-        options = {"enable_gqa": q.shape[1] != k.shape[1], "scale": pages.spec.scale}
-        exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)[0, :, 0]
-        plain = F.scaled_dot_product_attention(q, k, v, **options)[0, :, 0]
-        for name, out in (("ours", out_NHD[row]), ("plain", plain)):
-            errors[name].append((out.float() - exact).square().mean().sqrt().item())
-    return {f"{name}_rms": rms(found) for name, found in errors.items()}
+    exact, plain = (_plain(chain, pages, path, dtype) for dtype in (torch.float32, ours.dtype))
+    errors = {"ours": ours - exact, "plain": plain - exact}
+    return {f"{name}_rms": error.square().mean().sqrt().item() for name, error in errors.items()}
 
 
-def measure(config, dtype: torch.dtype, device: str, cases: list[str], repeats: int, rate: float) -> list[dict]:
-    """Microseconds per layer that append and attention add, for each case and backend.
+def _plain(chain: Chain, pages: Pages, path: Path, dtype: torch.dtype) -> Tensor:
+    """What the first layer computes over the same pages, in plain torch."""
+    cache = replace(pages.cache, dtype=dtype)
+    layer, device, batch = chain.unbound(path)[0], pages.layers[0][0].device, len(pages.lens)
+    layer.bind(*(held.to(dtype, copy=True) for held in pages.layers[0]))
+    sizes = {"max_batch": batch, "max_seq_len": max(pages.lens), "page_size": PAGE_SIZE}
+    state = ga.StepState(groups=[pages.spec], device=device, **sizes)
+    plan = ga.Planner([pages.spec], cache, device, "reference").decode(state, batch)
+    plan.plan(state.stage(batch, [0] * batch, pages.lens, pages.page_lists))
+    state.feed(batch)
+    with ga.active_plans(plan.groups):
+        return layer(*(heads.to(dtype) for heads in chain.first_heads(batch)))
+
+
+def measure(
+    config, dtype: torch.dtype, device: str, cases: list[str], repeats: int, rate: float, comparison: str = "backends"
+) -> list[dict]:
+    """Microseconds per layer that append and attention add, for each case and path.
 
     Raises:
-        RuntimeError: a backend's output is wrong.
+        RuntimeError: a path's output is wrong.
     """
     rows, num_layers = [], config.num_hidden_layers
     chain = Chain(config, dtype, device, max(len(sharing_rows(case)) for case in cases))
@@ -190,13 +204,13 @@ def measure(config, dtype: torch.dtype, device: str, cases: list[str], repeats: 
         read = sum(each.tokens - each.shared for each in asked)  # shared tokens once
         read += sum({each.part: each.shared for each in asked}.values())
         floor_us = read * token_bytes(config, dtype.itemsize) / rate * 1e6
-        row: dict = {"case": case, "floor_us": floor_us, "backends": {}}
-        for backend in MEASURED[device]:
+        row: dict = {"case": case, "floor_us": floor_us, "paths": {}}
+        for name, path in compared(comparison, device).items():
             try:
                 with torch.no_grad():
-                    row["backends"][backend] = _one(chain, asked, dtype, device, backend, repeats, num_layers)
+                    row["paths"][name] = _one(chain, path, asked, dtype, device, repeats, num_layers)
             except (ga.BackendError, torch.OutOfMemoryError) as error:
-                row["backends"][backend] = {"error": f"{type(error).__name__}: {error}"}
+                row["paths"][name] = {"error": f"{type(error).__name__}: {error}"}
             if device == "cuda":
                 torch.cuda.empty_cache()
         rows.append(row)
@@ -204,20 +218,20 @@ def measure(config, dtype: torch.dtype, device: str, cases: list[str], repeats: 
 
 
 def _one(
-    chain: Chain, rows: list[Row], dtype: torch.dtype, device: str, backend: str, repeats: int, num_layers: int
+    chain: Chain, path: Path, rows: list[Row], dtype: torch.dtype, device: str, repeats: int, num_layers: int
 ) -> dict:
-    pages = Pages(chain, rows, dtype, device)
+    pages = Pages(chain, path, rows, dtype, device)
     lens = pages.lens
-    checked = check(chain, pages, device, backend)
+    checked = check(chain, pages, path, device)
     if is_wrong(checked):
-        raise RuntimeError(f"{backend} is wrong, so it is not measured: {checked}")
+        raise RuntimeError(f"{path} is wrong, so it is not measured: {checked}")
     chain.attends = True
-    runner = pages.runner(chain, device, backend)
+    runner = pages.runner(chain, device, path.backend)
     times = step_us(runner, lens, pages.page_lists, device, repeats)
     launch = launch_us(runner, lens, pages.page_lists, device)
     runner.close()
     chain.attends = False
-    runner = pages.runner(chain, device, backend)
+    runner = pages.runner(chain, device, path.backend)
     short = [1] * len(lens)  # nobody reads the pages, and staging many would outlast the GEMMs
     alone = quantile(step_us(runner, short, pages.page_lists, device, repeats), 0.5)
     runner.close()
@@ -227,5 +241,5 @@ def _one(
         "step_us": quantile(times, 0.5),
         "launch_us": launch,
         "is_host_bound": device == "cuda" and launch > quantile(times, 0.5),
-        "backend_check": checked,
+        "check": checked,
     }

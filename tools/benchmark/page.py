@@ -137,7 +137,7 @@ def _paths(document: dict) -> str:
 
 def _attention(document: dict) -> str:
     rows = document["rows"]
-    names = list(rows[0]["backends"])
+    names = list(rows[0]["paths"])
 
     def figure(found: dict) -> str:
         if "error" in found:
@@ -146,7 +146,7 @@ def _attention(document: dict) -> str:
 
     text = "Microseconds per layer; in brackets p20 to p80.\n"
     head = ["rows x context", "bytes / copy rate", *names]
-    body = [[row["case"], f"{row['floor_us']:.1f}", *map(figure, row["backends"].values())] for row in rows]
+    body = [[row["case"], f"{row['floor_us']:.1f}", *map(figure, row["paths"].values())] for row in rows]
     return "\n".join([text, table(head, body)])
 
 

@@ -37,19 +37,19 @@ def peers_table(document: dict) -> Table:
 
 
 def attention_figure(found: dict) -> str:
-    """What one backend adds to a layer."""
+    """What one path adds to a layer."""
     us = found["us_per_layer"]
     said = f"{us['p50']:.1f} ({us['p20']:.1f} to {us['p80']:.1f})"
     return f"{said}, bound by the host" if found["is_host_bound"] else said
 
 
 def attention_table(rows: list[dict]) -> Table:
-    """Microseconds per layer that attention adds, by backend."""
-    names = list(rows[0]["backends"])
+    """Microseconds per layer that attention adds, by path."""
+    names = list(rows[0]["paths"])
     table = Table("rows", "bytes / copy rate, us", *(f"{name}, us per layer" for name in names), "GEMMs, us per layer")
     for row in rows:
         figures, gemms = [], "-"
-        for found in row["backends"].values():
+        for found in row["paths"].values():
             if "error" in found:
                 figures.append(found["error"].splitlines()[0][:60])
                 continue

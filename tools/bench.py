@@ -142,8 +142,10 @@ def main(
         tables = [report.nano_table(run.document["rows"])]
     elif workload == "attention":
         shaped = config_of(shape)
-        found = attention.measure(shaped, run.dtype, run.device, list(chains), repeats, run.rate, compare)
-        run.add(rows=found, compared=compare)
+        found = []
+        for row in attention.measure(shaped, run.dtype, run.device, list(chains), repeats, run.rate, compare):
+            found.append(row)
+            run.add(rows=found, compared=compare)
         tables = [report.attention_table(found)]
     elif workload == "step":
         steps = min(MOST_PROFILED, tokens)

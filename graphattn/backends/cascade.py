@@ -46,13 +46,14 @@ class CascadeBackend:
 
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, device: torch.device):
         self._group, self._spec, self._cache = group, spec, cache
-        self._workspace = None
+        self._workspaces = None
         self.counts: Counter[str] = Counter()
         if device.type == "cuda":
             from .flashinfer.workspace import Workspace
 
-            self._workspace = Workspace(device)
-        self._prefill = (ReferenceBackend if self._workspace is None else FlashInferBackend)(group, spec, cache, device)
+            self._workspaces = (Workspace(device), Workspace(device))
+        prefill = ReferenceBackend if self._workspaces is None else FlashInferBackend
+        self._prefill = prefill(group, spec, cache, device)
 
     @staticmethod
     def rejections(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> list[str]:
@@ -66,14 +67,14 @@ class CascadeBackend:
         return reasons
 
     def decode_plan(self, state: StepState, bucket: int) -> Plan:
-        return CascadePlan(self._group, self._spec, self._cache, state, bucket, self._workspace, self.counts)
+        return CascadePlan(self._group, self._spec, self._cache, state, bucket, self._workspaces, self.counts)
 
     def prefill_plan(self, kernel: str = "auto", max_tokens: int = 0) -> PrefillPlan:
         return self._prefill.prefill_plan(kernel, max_tokens)
 
     @property
     def num_bytes(self) -> int:
-        return self._prefill.num_bytes + (0 if self._workspace is None else self._workspace.num_bytes)
+        return self._prefill.num_bytes + sum(workspace.num_bytes for workspace in self._workspaces or ())
 
 
 class CascadePlan:
@@ -83,7 +84,7 @@ class CascadePlan:
     where it does; the kernels' work lists are planned anew where the levels change.
 
     Args:
-        workspace: the kernels' workspace; None on a CPU.
+        workspaces: the kernels', for tails and for levels; None on a CPU.
         counts: where steps are counted.
 
     Attributes:
@@ -97,7 +98,7 @@ class CascadePlan:
         cache: CacheSpec,
         state: StepState,
         bucket: int,
-        workspace: Workspace | None,
+        workspaces: tuple[Workspace, Workspace] | None,
         counts: Counter[str],
     ):
         self._group, self._cache, self.page_shape, self.variant = group, cache, cache.page_shape(spec), spec.variant
@@ -113,14 +114,14 @@ class CascadePlan:
         for at in range(LEVELS, LEVELS + 3 * MAX_LEVELS, 3):
             qo_indptr_S1, kv_indptr_S1 = (self._field(each, self._num_slots + 1) for each in (at, at + 1))
             levels.append((qo_indptr_S1, CSR(kv_indptr_S1, indices_P, self._field(at + 2, self._num_slots))))
-        if workspace is None:
+        if workspaces is None:
             from .states import TorchStates
 
             self._states = TorchStates(spec, cache, tail, levels)
         else:
             from .flashinfer.cascade import FlashInferStates
 
-            self._states = FlashInferStates(spec, cache, tail, levels, state.max_pages_per_row, workspace)
+            self._states = FlashInferStates(spec, cache, tail, levels, state.max_pages_per_row, workspaces)
             self._mirror.numbers.zero_()  # of what the first plans wrote there, and the mirror does not know
 
     @property

@@ -24,7 +24,10 @@ from .workspace import Workspace
 
 
 class FlashInferStates:
-    """The wrappers of a bucket, which share one float workspace; what the last one leaves there, the next overwrites.
+    """The wrappers of a bucket: the tail on the step's stream and the levels beside it, on a stream of their own.
+
+    The tail waits for memory and a shared level computes, and none fills the device from its first moment to its last.
+    In a captured step the fork is two branches of the graph.
 
     Their first plans write to `tail` and `levels`, which must be overwritten before anything runs.
 
@@ -33,7 +36,7 @@ class FlashInferStates:
         tail: each row's own pages, at fixed addresses.
         levels: the shared ones: `qo_indptr_S1`, and where the pages of each slot are.
         max_pages: pages that one row may have.
-        workspace: where they compute.
+        workspaces: where tails compute, and where levels do: they may run at one time.
     """
 
     def __init__(
@@ -43,11 +46,13 @@ class FlashInferStates:
         tail: CSR,
         levels: list[tuple[Tensor, CSR]],
         max_pages: int,
-        workspace: Workspace,
+        workspaces: tuple[Workspace, Workspace],
     ):
         self._layout, num_rows = cache.layout, len(tail.last_page_len_B)
-        self._tail = DecodePlan(0, spec, cache, tail, max_pages, workspace)
-        self._levels = [LevelPlan(spec, cache, num_rows, *level, max_pages, workspace) for level in levels]
+        of_tails, of_levels = workspaces
+        self._tail = DecodePlan(0, spec, cache, tail, max_pages, of_tails)
+        self._levels = [LevelPlan(spec, cache, num_rows, *level, max_pages, of_levels) for level in levels]
+        self._beside = torch.cuda.Stream(of_levels.device)
 
     @property
     def signature(self) -> tuple:
@@ -72,9 +77,15 @@ class FlashInferStates:
 
     def attend(self, q_BHD: Tensor, pages: tuple[Tensor, Tensor]) -> Tensor:
         """Attention over all levels and the tail, `[B, H, D]`, queries and result in the cascade's order."""
+        # Each of the two streams waits for the other before it goes on, so neither takes memory that is still read.
+        stream = torch.cuda.current_stream(q_BHD.device)
+        self._beside.wait_stream(stream)
+        with torch.cuda.stream(self._beside):
+            shared = [level.state(q_BHD, pages) for level in self._levels]
         out_BHD, lse_BH = self._tail.state(q_BHD, pages)
-        for level in self._levels:
-            merge_state_in_place(out_BHD, lse_BH, *level.state(q_BHD, pages))
+        stream.wait_stream(self._beside)
+        for state in shared:
+            merge_state_in_place(out_BHD, lse_BH, *state)
         return out_BHD
 
 

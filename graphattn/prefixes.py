@@ -13,10 +13,12 @@ import numpy as np
 from .errors import InvalidArgumentError
 from .pages import NULL_PAGE
 
-# Not measured yet. Estimated: what a layer spends on two levels more, in bytes that memory moves meanwhile; and what
-# the tail's kernel may lose against the fastest one.
-MIN_SAVED_BYTES = 64 << 20
-MIN_SAVED_SHARE = 0.25
+# Measured on an H100 (docs/benchmarks/attention-h100.json). Pages that many rows read come from the L2 cache, so what
+# is not read again saves less than memory's rate says.
+BYTES_PER_US = 2.9e6  # of keys and values that one row reads
+SHARED_BYTES_PER_US = 8.3e6  # of those that many rows read
+COST_US = 45.0  # levels, merges and a slower kernel for the tails take 20 to 25; the rest is margin
+TAIL_US_PER_TOKEN = 0.013  # of a row's tail that the kernel for tails does not split, as in buckets from 34 rows on
 
 
 @dataclass(frozen=True)
@@ -121,26 +123,29 @@ def shared_prefixes(
     return Cascade(np.array(order, np.int64), tuple(map(tuple, levels)), depths_B)
 
 
-def pays(runs: Iterable[SharedRun], tail_tokens: int, *, page_size: int, token_bytes: int) -> bool:
+def pays(runs: Iterable[SharedRun], tail_lens_B: np.ndarray, *, page_size: int, token_bytes: int) -> bool:
     """Whether attending to shared pages once is taken to be faster than reading them for every row.
+
+    What is saved are the reads; what it costs is a fixed time, and the longest tail where that takes longer than all of
+    them read at memory's rate.
 
     Args:
         runs: what rows share, of all levels.
-        tail_tokens: tokens of all rows that are not in them.
+        tail_lens_B: tokens of each row that are not in them.
         page_size: tokens in a page.
         token_bytes: of a token's keys and values in one layer.
 
     Example:
         >>> prompt = SharedRun(first=0, count=256, start=0, end=512)
-        >>> pays([prompt], 256 * 256, page_size=16, token_bytes=4096)
+        >>> pays([prompt], np.full(256, 256), page_size=16, token_bytes=4096)
         True
-        >>> pays([], 256 * 1024, page_size=16, token_bytes=4096)
+        >>> pays([], np.full(256, 1024), page_size=16, token_bytes=4096)
         False
     """
-    runs = list(runs)
-    saved = sum(run.num_saved for run in runs) * page_size
-    whole = sum(run.count * (run.end - run.start) for run in runs) * page_size + tail_tokens
-    return saved * token_bytes >= MIN_SAVED_BYTES and saved >= MIN_SAVED_SHARE * whole
+    saved_us = sum(run.num_saved for run in runs) * page_size * token_bytes / SHARED_BYTES_PER_US
+    tails_us = int(tail_lens_B.sum()) * token_bytes / BYTES_PER_US
+    longest_us = int(tail_lens_B.max()) * TAIL_US_PER_TOKEN
+    return saved_us > COST_US + max(0.0, longest_us - tails_us)
 
 
 def _children(parent: _Node, pages_BM: np.ndarray, num_full_B: np.ndarray) -> list[_Node]:

@@ -163,8 +163,8 @@ class CascadePlan:
             InvalidArgumentError: as `plan` does.
         """
         cascade, size = self._find(batch), self._cache.page_size
-        tail_tokens = int(batch.kv_lens_B.sum()) - int(cascade.depths_B.sum()) * size
-        return pays(chain(*cascade.levels), tail_tokens, page_size=size, token_bytes=self._token_bytes)
+        tail_lens_B = batch.kv_lens_B.numpy() - cascade.depths_B * size
+        return pays(chain(*cascade.levels), tail_lens_B, page_size=size, token_bytes=self._token_bytes)
 
     def attend(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor
 import graphattn as ga
 
 from .accuracy import is_wrong
-from .paths import Path, Turn, compared
+from .paths import FIRST, Path, Turn, compared
 from .rows import Row, sharing_rows
 from .shape import head_dim_of, token_bytes
 from .timing import quantile, spread, wait
@@ -198,18 +198,19 @@ def measure(
     Raises:
         RuntimeError: a path's output is wrong.
     """
-    num_layers = config.num_hidden_layers
     chain = Chain(config, dtype, device, max(len(sharing_rows(case)) for case in cases))
     for case in cases:
         asked = sharing_rows(case)
         read = sum(each.tokens - each.shared for each in asked)  # shared tokens once
         read += sum({each.part: each.shared for each in asked}.values())
         floor_us = read * token_bytes(config, dtype.itemsize) / rate * 1e6
-        row: dict = {"case": case, "floor_us": floor_us, "paths": {}}
+        with torch.no_grad():
+            gemms_us = _gemms_us(chain, len(asked), dtype, device, repeats)
+        row: dict = {"case": case, "floor_us": floor_us, "gemms_us_per_layer": gemms_us, "paths": {}}
         for name, path in compared(comparison, device).items():
             try:
                 with torch.no_grad():
-                    row["paths"][name] = _one(chain, path, asked, dtype, device, repeats, num_layers)
+                    row["paths"][name] = _one(chain, path, asked, dtype, device, repeats, gemms_us)
             except (ga.BackendError, torch.OutOfMemoryError) as error:
                 row["paths"][name] = {"error": f"{type(error).__name__}: {error}"}
             if device == "cuda":
@@ -217,8 +218,22 @@ def measure(
         yield row
 
 
+def _gemms_us(chain: Chain, num_rows: int, dtype: torch.dtype, device: str, repeats: int) -> float:
+    """Microseconds a layer of the chain whose attention passes the queries through, for so many rows.
+
+    By the path that is quickest to stage, since short steps would otherwise wait for the host.
+    """
+    path = Path(FIRST[device])
+    pages = Pages(chain, path, [Row(1, 0, 0)] * num_rows, dtype, device)
+    chain.attends = False
+    runner = pages.runner(chain, device, path.backend)
+    alone = quantile(step_us(runner, pages.lens, pages.page_lists, device, repeats), 0.5)
+    runner.close()
+    return alone / len(chain.weights)
+
+
 def _one(
-    chain: Chain, path: Path, rows: list[Row], dtype: torch.dtype, device: str, repeats: int, num_layers: int
+    chain: Chain, path: Path, rows: list[Row], dtype: torch.dtype, device: str, repeats: int, gemms_us: float
 ) -> dict:
     pages = Pages(chain, path, rows, dtype, device)
     lens = pages.lens
@@ -230,14 +245,8 @@ def _one(
     times = step_us(runner, lens, pages.page_lists, device, repeats)
     launch = launch_us(runner, lens, pages.page_lists, device)
     runner.close()
-    chain.attends = False
-    runner = pages.runner(chain, device, path.backend)
-    short = [1] * len(lens)  # nobody reads the pages, and staging many would outlast the GEMMs
-    alone = quantile(step_us(runner, short, pages.page_lists, device, repeats), 0.5)
-    runner.close()
     return {
-        "us_per_layer": spread([(us - alone) / num_layers for us in times]),
-        "gemms_us_per_layer": alone / num_layers,
+        "us_per_layer": spread([us / len(chain.weights) - gemms_us for us in times]),
         "step_us": quantile(times, 0.5),
         "launch_us": launch,
         "is_host_bound": device == "cuda" and launch > quantile(times, 0.5),

@@ -48,14 +48,11 @@ def attention_table(rows: list[dict]) -> Table:
     names = list(rows[0]["paths"])
     table = Table("rows", "bytes / copy rate, us", *(f"{name}, us per layer" for name in names), "GEMMs, us per layer")
     for row in rows:
-        figures, gemms = [], "-"
-        for found in row["paths"].values():
-            if "error" in found:
-                figures.append(found["error"].splitlines()[0][:60])
-                continue
-            figures.append(attention_figure(found))
-            gemms = f"{found['gemms_us_per_layer']:.1f}"
-        table.add_row(row["case"], f"{row['floor_us']:.1f}", *figures, gemms)
+        figures = [
+            found["error"].splitlines()[0][:60] if "error" in found else attention_figure(found)
+            for found in row["paths"].values()
+        ]
+        table.add_row(row["case"], f"{row['floor_us']:.1f}", *figures, f"{row['gemms_us_per_layer']:.1f}")
     return table
 
 

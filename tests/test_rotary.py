@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import pickle
 
 import pytest
@@ -220,3 +221,34 @@ def test_frequencies_that_do_not_fit_a_head() -> None:
     for shape in ((33,), (4, 33), (1, 2, 8)):
         with pytest.raises(InvalidArgumentError, match="of the 32 pairs of a head at most"):
             Attention(4, 64, rotary=Rotary(torch.ones(shape)))
+
+
+@pytest.mark.parametrize(("family", "section"), [("qwen2_vl", [2, 3, 3]), ("qwen3_vl", [4, 2, 2])])
+def test_positions_in_three_of_a_text(family: str, section: list[int]) -> None:
+    """M-RoPE turns a text, whose three positions are one, as a plain rotation does; the second interleaves sections."""
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    kind = family.replace("_vl", "VL").replace("qwen", "Qwen")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    ropes = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    config = getattr(modeling, f"{kind}TextConfig")(
+        **sizes, **ends, intermediate_size=64, head_dim=16, vocab_size=96, rope_parameters=ropes
+    )
+    torch.manual_seed(0)
+    model = getattr(modeling, f"{kind}TextModel")(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(4)
+        ids = torch.randint(1, 96, (2, 20))
+        model.set_attn_implementation("eager")
+        want = model(ids).last_hidden_state
+        with attach(model):
+            torch.testing.assert_close(model(ids).last_hidden_state, want, rtol=1e-4, atol=1e-4)
+        q, k = torch.randn(20, 4, 16), torch.randn(20, 2, 16)
+        positions = torch.arange(20)
+        cos, sin = model.rotary_emb(q, positions.expand(3, 1, 20))
+        turned = modeling.apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
+        ours = Rotary(model.rotary_emb.inv_freq).rotate(q, k, positions)
+    for got, theirs in zip(ours, turned, strict=True):
+        torch.testing.assert_close(got, theirs[0].transpose(0, 1), rtol=1e-5, atol=1e-5)

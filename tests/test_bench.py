@@ -274,10 +274,23 @@ def test_rows_that_share(tool) -> None:
     )
     config.num_hidden_layers = 1
     asked = rows.sharing_rows("3x40/9+2x20")
-    pages = attention.Pages(attention.Chain(config, torch.float32, "cpu", 5), asked, torch.float32, "cpu")
+    chain = attention.Chain(config, torch.float32, "cpu", 5)
+    pages = attention.Pages(chain, tool("benchmark.paths").Path("reference"), asked, torch.float32, "cpu")
     first, *others = pages.tables[:3]
     assert all(table[:2] == first[:2] for table in others)
     assert len({page for table in pages.tables for page in table}) == 2 + 3 * 2 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("comparison", "count"), [("backends", 2), ("layouts", 4), ("rope", 7), ("variants", 9)], ids=str
+)
+def test_paths_of_a_comparison(tool, comparison: str, count: int) -> None:
+    """Each is checked against plain torch."""
+    config = tool("benchmark.shape").config_of(ROOT / "tools" / "shapes" / "tiny.json")
+    measure = tool("benchmark.attention").measure
+    (row,) = measure(config, torch.float32, "cpu", ["2x20"], 2, 1e9, comparison)
+    assert len(row["paths"]) == count
+    assert all(found["check"]["ours_rms"] < 1e-5 and found["step_us"] > 0 for found in row["paths"].values())
 
 
 @pytest.mark.parametrize("shape", sorted((ROOT / "tools" / "shapes").glob("*.json")), ids=lambda path: path.stem)

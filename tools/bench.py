@@ -83,6 +83,7 @@ def main(
     peer_timeout: Annotated[int, typer.Option(min=1, help="Seconds that a peer may take.")] = 900,
     backend: Annotated[str, typer.Option(help="As LLM takes it.")] = "auto",
     kernel: Annotated[str, typer.Option("--prefill", help="As LLM takes it.")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="As LLM takes it: auto or fp8.")] = "auto",
     compile: Annotated[bool | None, typer.Option(help="Compile the step; on CUDA by default.")] = None,
     enforce_eager: Annotated[bool, typer.Option(help="No CUDA graphs.")] = False,
     commit: Annotated[str | None, typer.Option(help="The commit, where there is no git to ask.")] = None,
@@ -111,6 +112,9 @@ def main(
     uneven, chains, prefill_tokens = read_cases(skew), read_cases(cases, sharing_rows), read_counts("budgets", budgets)
     compiled = "auto" if compile is None else compile
     engine = {"backend": backend, "prefill": kernel, "compile": compiled, "enforce_eager": enforce_eager}
+    if kv_cache_dtype not in ("auto", "fp8"):
+        raise typer.BadParameter(f"--kv-cache-dtype {kv_cache_dtype}: choose auto or fp8")
+    engine |= {"kv_cache_dtype": kv_cache_dtype}
 
     run = Run(workload, shape, engine, commit, json_path)
     if workload != "attention" and not run.check():  # that one checks each backend at each case
@@ -130,7 +134,9 @@ def main(
         run.add(rows=run.on_engine(nano.sizes(drawn), lambda llm: nano.measure(llm, drawn)))
         tables = [report.nano_table(run.document["rows"])]
     elif workload == "attention":
-        found = attention.measure(config_of(shape), run.dtype, run.device, list(chains), repeats, run.rate)
+        found = attention.measure(
+            config_of(shape), run.dtype, run.device, list(chains), repeats, run.rate, kv_cache_dtype
+        )
         run.add(rows=found)
         tables = [report.attention_table(found)]
     elif workload == "step":

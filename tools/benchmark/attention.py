@@ -88,7 +88,7 @@ class Pages:
     Of what rows share, full pages are shared; the rest is each row's own.
     """
 
-    def __init__(self, chain: Chain, rows: list[Row], dtype: torch.dtype, device: str):
+    def __init__(self, chain: Chain, rows: list[Row], dtype: torch.dtype, device: str, kv_cache_dtype: str = "auto"):
         chain.attention = chain.unbound()  # the pages of an earlier case go before these are made
         self.spec, self.lens = chain.attention[0].spec, [row.tokens for row in rows]
         num_shared = {row.part: row.shared // PAGE_SIZE for row in rows}
@@ -98,11 +98,13 @@ class Pages:
         self.tables: list[list[int]] = [[] for _ in rows]
         for row in random.Random(0).sample(range(len(rows)), len(rows)):
             self.tables[row] = shared[rows[row].part] + pool.allocate(num_own[row])
-        self.cache = ga.CacheSpec(num_pages=pool.num_pages, page_size=PAGE_SIZE, dtype=dtype)
+        stored = torch.float8_e4m3fn if kv_cache_dtype == "fp8" else dtype
+        sizes = {"num_pages": pool.num_pages, "page_size": PAGE_SIZE}
+        self.cache = ga.CacheSpec(**sizes, dtype=stored, query_dtype=dtype)
         self.layers = ga.KVCache(len(chain.attention), self.spec, self.cache, device).layers
         for attention, pair in zip(chain.attention, self.layers, strict=True):
             for pages in pair:
-                pages.normal_()
+                pages.copy_(torch.randn(pages.shape, dtype=dtype, device=device))  # torch draws no fp8
             attention.bind(*pair)
 
     @property
@@ -167,7 +169,9 @@ def check(chain: Chain, pages: Pages, device: str, backend: str) -> dict:
     errors: dict[str, list[float]] = {"ours": [], "plain": []}
     for row, (length, table) in enumerate(zip(pages.lens, pages.tables, strict=True)):
         taken = torch.tensor(table, device=device)
-        k, v = (cache[taken].flatten(0, 1)[:length].transpose(0, 1)[None] for cache in (k_cache, v_cache))
+        k, v = (
+            cache[taken].flatten(0, 1)[:length].transpose(0, 1)[None].to(q_NHD.dtype) for cache in (k_cache, v_cache)
+        )
         q = q_NHD[row][None, :, None]
         options = {"enable_gqa": q.shape[1] != k.shape[1], "scale": pages.spec.scale}
         exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)[0, :, 0]
@@ -177,24 +181,26 @@ def check(chain: Chain, pages: Pages, device: str, backend: str) -> dict:
     return {f"{name}_rms": rms(found) for name, found in errors.items()}
 
 
-def measure(config, dtype: torch.dtype, device: str, cases: list[str], repeats: int, rate: float) -> list[dict]:
+def measure(
+    config, dtype: torch.dtype, device: str, cases: list[str], repeats: int, rate: float, kv_cache_dtype: str = "auto"
+) -> list[dict]:
     """Microseconds per layer that append and attention add, for each case and backend.
 
     Raises:
         RuntimeError: a backend's output is wrong.
     """
-    rows, num_layers = [], config.num_hidden_layers
+    rows = []
     chain = Chain(config, dtype, device, max(len(sharing_rows(case)) for case in cases))
     for case in cases:
         asked = sharing_rows(case)
         read = sum(each.tokens - each.shared for each in asked)  # shared tokens once
         read += sum({each.part: each.shared for each in asked}.values())
-        floor_us = read * token_bytes(config, dtype.itemsize) / rate * 1e6
+        floor_us = read * token_bytes(config, 1 if kv_cache_dtype == "fp8" else dtype.itemsize) / rate * 1e6
         row: dict = {"case": case, "floor_us": floor_us, "backends": {}}
         for backend in MEASURED[device]:
             try:
                 with torch.no_grad():
-                    row["backends"][backend] = _one(chain, asked, dtype, device, backend, repeats, num_layers)
+                    row["backends"][backend] = _one(chain, asked, dtype, device, kv_cache_dtype, backend, repeats)
             except (ga.BackendError, torch.OutOfMemoryError) as error:
                 row["backends"][backend] = {"error": f"{type(error).__name__}: {error}"}
             if device == "cuda":
@@ -204,10 +210,10 @@ def measure(config, dtype: torch.dtype, device: str, cases: list[str], repeats: 
 
 
 def _one(
-    chain: Chain, rows: list[Row], dtype: torch.dtype, device: str, backend: str, repeats: int, num_layers: int
+    chain: Chain, rows: list[Row], dtype: torch.dtype, device: str, kv_cache_dtype: str, backend: str, repeats: int
 ) -> dict:
-    pages = Pages(chain, rows, dtype, device)
-    lens = pages.lens
+    pages = Pages(chain, rows, dtype, device, kv_cache_dtype)
+    lens, num_layers = pages.lens, len(chain.weights)
     checked = check(chain, pages, device, backend)
     if is_wrong(checked):
         raise RuntimeError(f"{backend} is wrong, so it is not measured: {checked}")

@@ -168,6 +168,7 @@ def test_the_page_says_what_the_json_files_say(tool) -> None:
         ({"skew": "1x3+"}, "write ROWSxTOKENS"),
         ({"batches": "1,0"}, "give counts from 1 up"),
         ({"draw": Path("x.json")}, "--draw needs --plot"),
+        ({"kv_cache_dtype": "int8"}, "--kv-cache-dtype int8: choose auto or fp8"),
         (
             {"draw": ROOT / "docs" / "benchmarks" / "nano-h100.json", "plot_path": Path("x.png")},
             "is of nano: there are plots of decode and step",
@@ -278,6 +279,22 @@ def test_rows_that_share(tool) -> None:
     first, *others = pages.tables[:3]
     assert all(table[:2] == first[:2] for table in others)
     assert len({page for table in pages.tables for page in table}) == 2 + 3 * 2 + 2 * 2
+
+
+def test_an_fp8_cache_is_measured_against_its_own_bytes(tool) -> None:
+    """Checked against what it holds before it is timed."""
+    shape, attention = ROOT / "tools" / "shapes" / "tiny.json", tool("benchmark.attention")
+    config = tool("benchmark.shape").config_of(shape)
+    wide, half = (
+        attention.measure(config, torch.bfloat16, "cpu", ["2x20+1x9"], 1, 1e9, kv_cache_dtype)[0]
+        for kv_cache_dtype in ("auto", "fp8")
+    )
+    assert half["floor_us"] == wide["floor_us"] / 2
+    for found in half["backends"].values():
+        assert found["backend_check"]["ours_rms"] > 0
+    options = {"backend": "auto", "kv_cache_dtype": "fp8"}
+    checked = tool("benchmark.accuracy").accuracy(shape, torch.float32, "cpu", options)
+    assert 1e-4 < checked["ours_rms"] < 0.05
 
 
 @pytest.mark.parametrize("shape", sorted((ROOT / "tools" / "shapes").glob("*.json")), ids=lambda path: path.stem)

@@ -96,15 +96,18 @@ def test_weights_and_scales_change_under_a_running_engine(tmp_path) -> None:
     model, params = tiny("llama", dtype=torch.float32), SamplingParams(temperature=0, max_tokens=10)
     prompts = [drawn(40), drawn(21, seed=1)]
     scales = calibrate(model, prompts)
+    scales = KVScales(2 * scales.k, scales.v)
     narrow = KVScales(scales.k / 64, scales.v / 64)  # most of what is stored saturates
     narrow.save(tmp_path / "narrow.json")
     with LLM(model, max_batch=2, num_pages=30, kv_cache_dtype="fp8", kv_scales=narrow) as llm:
         wanted = [output.token_ids for output in llm.generate(prompts, params)]
     with LLM(model, max_batch=2, num_pages=30, kv_cache_dtype="fp8", kv_scales=scales) as llm:
         first = [output.token_ids for output in llm.generate(prompts, params)]
-        held = [layer.kv_scales.data_ptr() for layer in llm._executor.binding.layers]
+        layers = llm._executor.binding.layers
+        assert torch.equal(torch.stack([layer.kv_scales for layer in layers], 1), torch.stack([scales.k, scales.v]))
+        held = [layer.kv_scales.data_ptr() for layer in layers]
         llm.load_weights({}, kv_scales=tmp_path / "narrow.json")
-        assert [layer.kv_scales.data_ptr() for layer in llm._executor.binding.layers] == held
+        assert [layer.kv_scales.data_ptr() for layer in layers] == held
         assert [output.token_ids for output in llm.generate(prompts, params)] == wanted != first
         with pytest.raises(InvalidArgumentError, match=r"kv_scales are for \(1, 2\) layers and kv heads"):
             llm.load_weights({}, kv_scales=KVScales(torch.ones(1, 2), torch.ones(1, 2)))

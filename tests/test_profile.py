@@ -69,6 +69,7 @@ def test_it_says_what_was_measured_on_what(profile: CaptureProfile) -> None:
         "head_dim": 8,
         "vocab_size": 128,
         "dtype": "float64",
+        "kv_cache_dtype": "float64",
     }
     assert profile.device.startswith("cpu") and (profile.page_size, profile.layout) == (16, "NHD")
     assert profile.versions.keys() == {"graphattn", "torch", "triton", "flashinfer"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from dense import DenseRows, SharedRows
 from torch import Tensor
@@ -55,6 +57,12 @@ class Stored:
                     after[at] = x.to(FP8)
                     if token < count:
                         pages[at] = x.to(FP8)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Makes the new tokens of a wider dtype; what is cached already stays as it was stored."""
+        self.q = [row.to(dtype) for row in self.q]
+        self.given = tuple([row.to(dtype) for row in rows] for rows in self.given)
+        self.cache._cache = replace(self.cache.cache, query_dtype=dtype)
 
     @property
     def packed(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from graphattn.backends.flashinfer import FlashInferBackend
 from graphattn.backends.fused import FusedBackend
 from graphattn.scales import dequantised, quantised
 from graphattn.spec import FP8, AttentionSpec
+from graphattn.variants import attention_sinks
 
 SPEC = AttentionSpec(num_heads=6, num_kv_heads=3, head_dim=16)
 SIZES = {"page_size": 4, "device": "cpu"}
 SCALES = scales_of(3)
+ROPE = {"pos_encoding": "rope_llama", "rope_theta": 100.0}
 
 
 def test_numbers_are_the_nearest_of_e4m3_and_saturate() -> None:
@@ -89,6 +92,27 @@ def test_a_cascade_attends_to_what_the_cache_holds(layout: str) -> None:
         found = layer(*rows.packed)
     rows.check_pages()
     assert_close(found, rows.attend(torch.float32), rows.attend(torch.float64), floor=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"variant": attention_sinks(torch.linspace(-2, 3, 6))}, ROPE], ids=["sinks", "rope"]
+)
+def test_variants_and_rotation_inside_attention_see_what_it_stands_for(options: dict) -> None:
+    """As over a float32 cache that has the stored numbers times their scales."""
+    spec = AttentionSpec(num_heads=6, num_kv_heads=3, head_dim=16, **options)
+    rows = StoredRows(spec, [6, 0, 30], [2, 5, 1], dtype=torch.float32, scales_2K=SCALES, **SIZES)
+    plain = Attention(6, 16, num_kv_heads=3, **options)
+    wide = replace(rows.cache.cache, dtype=torch.float32)
+    pages = [each.float() * scale[:, None] for each, scale in zip(rows.pages, SCALES, strict=True)]
+    plain.bind(*pages)
+    fresh = [
+        torch.cat([row[old:] for row, old in zip(each, rows.cached, strict=True)]).float() for each in (rows.k, rows.v)
+    ]
+    plan = Planner([spec], wide, "cpu", "reference").prefill()
+    plan.plan(rows.batch("cpu"))
+    with active_plans(plan.groups):
+        wanted = plain(torch.cat(rows.q), *fresh)
+    assert_close(attended(layer_over(rows, **options), rows), wanted, wanted.double(), floor=1e-6)
 
 
 def test_scales_change_where_they_lie() -> None:

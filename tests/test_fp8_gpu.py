@@ -22,6 +22,7 @@ from graphattn import (
 )
 from graphattn.rope import Rotary
 from graphattn.spec import FP8, AttentionSpec
+from graphattn.variants import attention_sinks
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +51,7 @@ def rows_of(spec: AttentionSpec, new: list[int] | None = None, **options) -> Sto
 def layer_over(rows: StoredRows, rotary: Rotary | None = None) -> Attention:
     spec, (k_scale, v_scale) = rows.spec, rows.scales_2K
     sizes = {"num_kv_heads": spec.num_kv_heads, "window": spec.window, "softcap": spec.softcap, "rotary": rotary}
+    sizes |= {"variant": spec.variant}
     layer = Attention(spec.num_heads, spec.head_dim, spec.scale, **sizes, k_scale=k_scale, v_scale=v_scale).to(DEVICE)
     layer.bind(*rows.cache.layers[0])
     return layer
@@ -130,6 +132,23 @@ def test_prefill(head_dim: int, layout: str) -> None:
         check(rows, layer_over(rows)(*rows.packed))
 
 
+@pytest.mark.parametrize("new", [[1] * len(LENS), [7, 1, 130, 3, 1, 2, 65, 9, 300]], ids=["decode", "prefill"])
+def test_a_variant(new: list[int]) -> None:
+    """Sinks through FlashInfer's JIT against the reference in float32, and that in bfloat16 beside."""
+    sinks = attention_sinks(torch.linspace(-2, 3, 9))
+
+    def attended(backend: str, dtype: torch.dtype) -> torch.Tensor:
+        rows = rows_of(spec_of("group 3", 128, variant=sinks), new)
+        rows.cast(dtype)
+        plan = Planner([rows.spec], rows.cache.cache, DEVICE, backend).prefill()
+        plan.plan(rows.batch(DEVICE))
+        with active_plans(plan.groups):
+            return layer_over(rows)(*rows.packed)
+
+    exact, plain = attended("reference", torch.float32), attended("reference", DTYPE)
+    assert_close(attended("flashinfer", DTYPE), plain, exact, floor=FLOOR)
+
+
 def test_fa3_is_refused_by_name() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("fa3 is for compute capability 9.0")
@@ -157,12 +176,9 @@ def test_rotation_goes_before_the_scale(heads: str, head_dim: int, turned: int, 
     inv_freq = 10000.0 ** (-torch.arange(0, turned, 2, device=DEVICE) / turned)
 
     def step(backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = rows_of(spec_of(heads, head_dim), dtype=dtype)
+        rows = rows_of(spec_of(heads, head_dim))
+        rows.cast(dtype)
         norms = [each.to(dtype) for each in weights] if has_norm else [None, None]
-        rows.q, rows.given = (
-            [each.bfloat16().to(dtype) for each in rows.q],
-            tuple([each.bfloat16().to(dtype) for each in given] for given in rows.given),
-        )
         found = decoded(rows, backend, rotary=Rotary(inv_freq, 1.2, *norms, 1e-6))
         return found, rows.pages[0][1:].float().nan_to_num(0)
 

@@ -63,6 +63,8 @@ def test_every_number_goes_over_its_scale_to_its_slot(heads: int, head_dim: int,
 @CASES
 def test_rounds_as_torch_does(heads: int, head_dim: int, layout: str) -> None:
     """Ties, the smallest numbers and NaN, over scales that are no powers of two."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("below compute capability 9.0 numbers are rounded to float16 on the way")
     scales = torch.tensor([[0.25, 0.3, 2.0], [1.0, 0.011, 7.5]], device=DEVICE)[:, :heads].contiguous()
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(10, 3 * heads, head_dim, generator=generator) * torch.logspace(-12, 11, head_dim, base=2.0)

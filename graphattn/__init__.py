@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         OutOfPagesError,
         UnsupportedModelError,
     )
+    from graphattn.hf.calibrate import calibrate
     from graphattn.layer import Attention
     from graphattn.ledger import Ledger
     from graphattn.ops import active_plans
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from graphattn.rope import Rotary
     from graphattn.runner import DecodeRunner
     from graphattn.sampling import SamplingParams
+    from graphattn.scales import KVScales
     from graphattn.spans import BackendSpan, StepTime, best_spans
     from graphattn.spec import AttentionSpec, CacheSpec
     from graphattn.state import StepState
@@ -70,6 +72,7 @@ __all__ = [
     "InvalidArgumentError",
     "InvalidRequestError",
     "KVCache",
+    "KVScales",
     "LadderChoice",
     "Ledger",
     "MemoryLeakError",
@@ -91,6 +94,7 @@ __all__ = [
     "best_ladder",
     "best_ladders",
     "best_spans",
+    "calibrate",
     "errors",
     "hf",
     "memory",
@@ -122,6 +126,7 @@ _MODULE_OF = {
     "InvalidArgumentError": "errors",
     "InvalidRequestError": "errors",
     "KVCache": "cache",
+    "KVScales": "scales",
     "LadderChoice": "choice",
     "Ledger": "ledger",
     "MemoryLeakError": "errors",
@@ -142,6 +147,7 @@ _MODULE_OF = {
     "best_ladder": "choice",
     "best_ladders": "choice",
     "best_spans": "spans",
+    "calibrate": "hf.calibrate",
     "ragged_batch": "batch",
 }
 

@@ -99,4 +99,6 @@ class KVCache:
         source_P, target_P = (torch.tensor(pages, device=self.device) for pages in (source, target))
         for pair in self.layers:
             for pages in pair:
+                if self.cache.is_fp8:  # torch copies bytes where it has no kernel for fp8
+                    pages = pages.view(torch.uint8)
                 pages.index_copy_(0, target_P, pages.index_select(0, source_P))

@@ -9,7 +9,8 @@ from . import ops  # noqa: F401  registers torch.ops.graphattn
 from .cache import all_pages, first_page
 from .errors import InvalidArgumentError
 from .rope import Rotary
-from .spec import AttentionSpec
+from .scales import checked_scale
+from .spec import FP8, AttentionSpec
 from .variants import Variant
 
 
@@ -32,10 +33,16 @@ class Attention(nn.Module):
         rope_theta, rope_scale: of that.
         variant: what is computed beyond that; the layer keeps its tensors, each as `variant_NAME`: a parameter if it
             was one, else a buffer, which moves with the layer and keeps its dtype. Write into them in place.
+        k_scale, v_scale: what a stored key or value of 1.0 stands for in an fp8 cache: a float, or `[num_kv_heads]`; 1
+            where one is not given. None for both with a cache that is not fp8.
+
+    Attributes:
+        kv_scales: `[2, num_kv_heads]` float32, of keys and of values; None without an fp8 cache. Compiled and captured
+            steps read it where it lies, so `set_scales` writes into it.
 
     Raises:
-        InvalidArgumentError: heads that do not divide, a count below 1, more rotary frequencies than pairs, or a
-            variant for other heads.
+        InvalidArgumentError: heads that do not divide, a count below 1, more rotary frequencies than pairs, a variant
+            for other heads, or scales of another shape or that are not positive and finite.
 
     Example:
         >>> layer = Attention(num_heads=8, head_dim=64, num_kv_heads=2)
@@ -57,6 +64,8 @@ class Attention(nn.Module):
         rope_theta: float = 10000.0,
         rope_scale: float = 1.0,
         variant: Variant | None = None,
+        k_scale: float | Tensor | None = None,
+        v_scale: float | Tensor | None = None,
     ):
         super().__init__()
         self.spec = AttentionSpec(
@@ -87,12 +96,34 @@ class Attention(nn.Module):
                 self.register_parameter(name, tensor)
             else:
                 self.register_buffer(name, tensor, persistent=False)
+        self.register_buffer("kv_scales", None, persistent=False)
+        if k_scale is not None or v_scale is not None:
+            self.set_scales(k_scale, v_scale)
+
+    @torch.no_grad()
+    def set_scales(self, k_scale: float | Tensor | None = None, v_scale: float | Tensor | None = None) -> None:
+        """Changes scales of an fp8 cache in place; what it holds already was stored over the old ones.
+
+        Args:
+            k_scale, v_scale: as in the constructor; None leaves one as it is.
+
+        Raises:
+            InvalidArgumentError: another shape, or not positive and finite; nothing was changed.
+        """
+        heads, given = self.spec.num_kv_heads, (("k_scale", k_scale), ("v_scale", v_scale))
+        checked = [None if scale is None else checked_scale(name, scale, heads) for name, scale in given]
+        if self.kv_scales is None:
+            with torch.inference_mode(False):
+                self.kv_scales = torch.ones(2, heads, dtype=torch.float32, device=self.k_cache.device)
+        for own_K, scale_K in zip(self.kv_scales, checked, strict=True):
+            if scale_K is not None:
+                own_K.copy_(scale_K)
 
     def bind(self, k_cache: Tensor, v_cache: Tensor) -> None:
         """Gives the layer its pages: `KVCache.layers[i]`, in the layout that the plans it runs under were made for.
 
         Raises:
-            InvalidArgumentError: the heads or width differ from the layer's.
+            InvalidArgumentError: the heads or width differ from the layer's, or it has scales and they are not fp8.
         """
         heads, head_dim = self.spec.num_kv_heads, self.spec.head_dim
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -109,18 +140,28 @@ class Attention(nn.Module):
             raise InvalidArgumentError(
                 f"k_cache has strides {k_cache.stride()}, v_cache {v_cache.stride()}: make them equal, the last one 1"
             )
+        if k_cache.dtype != v_cache.dtype or (self.kv_scales is not None and k_cache.dtype != FP8):
+            raise InvalidArgumentError(
+                f"k_cache is {k_cache.dtype}, v_cache {v_cache.dtype}, the layer has "
+                f"{'no' if self.kv_scales is None else 'fp8'} scales: both caches are alike, and scales for {FP8} alone"
+            )
         self.k_cache, self.v_cache = first_page(k_cache), first_page(v_cache)
+        if k_cache.dtype == FP8 and self.kv_scales is None:
+            self.set_scales()
 
     def _apply(self, fn, recurse: bool = True) -> Attention:
         """What moves or casts a module moves all of its pages; torch would take the first for all there are."""
         pages = [all_pages(page) for page in (self.k_cache, self.v_cache) if page.dim() == 4]
-        buffers = {name: getattr(self, name) for name in self._values if name in self._buffers}
+        if pages and self.kv_scales is not None and fn(pages[0][:0]).dtype != FP8:
+            raise InvalidArgumentError(f"a layer with a cache of {FP8} was cast: unbind it first, or only move it")
+        kept = (*self._values, "kv_scales")
+        buffers = {name: getattr(self, name) for name in kept if self._buffers.get(name) is not None}
         super()._apply(fn, recurse)
         if pages:
             self.bind(*map(fn, pages))
         for name, buffer in buffers.items():
             moved = getattr(self, name)
-            if moved.dtype != buffer.dtype:  # kernels are compiled for the dtype that the variant declares
+            if moved.dtype != buffer.dtype:  # kernels are compiled for the dtype that is declared
                 setattr(self, name, buffer.to(moved.device))
         return self
 
@@ -157,12 +198,15 @@ class Attention(nn.Module):
         if rotary is not None:
             norms = (rotary.q_weight, rotary.k_weight, rotary.eps)
             turn = (rotary.inv_freq, rotary.scaling, *norms, rotary.threshold)
+        scales = {} if self.kv_scales is None else {"scales": self.kv_scales}
         if spec.variant is not None:
             values = [getattr(self, name) for name in self._values]
-            return torch.ops.graphattn.variant_attend(*tensors, self.group, spec.variant.digest, values, *turn)
+            return torch.ops.graphattn.variant_attend(
+                *tensors, self.group, spec.variant.digest, values, *turn, **scales
+            )
         if rotary is None:
-            return torch.ops.graphattn.attend(*tensors, self.group)
-        return torch.ops.graphattn.rotary_attend(*tensors, self.group, *turn)
+            return torch.ops.graphattn.attend(*tensors, self.group, **scales)
+        return torch.ops.graphattn.rotary_attend(*tensors, self.group, *turn, **scales)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, group={self.group}"

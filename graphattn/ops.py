@@ -6,6 +6,8 @@ the cache (an append in traced code costs one). It takes no layer number, so one
 for the whole cache (`cache.all_pages`), so a compiled layer serves caches of any size.
 `rotary_attend` takes queries and keys as they leave their projections, and norms and rotates them too. `variant_attend`
 is either for layers with a variant: it takes the layer's tensors, and the digest of the variant that they are for.
+`scales` of any is `[2, kv heads]` float32, for a cache of fp8: a tensor and no number, so that neither what is compiled
+nor what is captured depends on it.
 
 `torch.ops.graphattn.linear(x, weight, ...) -> out` is a linear layer with the norm before it, and the gate and residual
 after it, by one kernel of ours where rows are few. How many they are is looked at in each call, so one compiled step
@@ -52,6 +54,7 @@ def _attend(
     rotary: Rotary | None = None,
     variant: str | None = None,
     values: Sequence[Tensor] = (),
+    scales: Tensor | None = None,
 ) -> Tensor:
     plans = _active.get()
     if plans is None:
@@ -61,7 +64,7 @@ def _attend(
         )
     if k_cache.dim() != 4:
         raise NoActivePlanError("the Attention layer has no cache: call layer.bind(k_cache, v_cache) first")
-    if not q.dtype == k.dtype == v.dtype == k_cache.dtype:
+    if not q.dtype == k.dtype == v.dtype == (k_cache.dtype if scales is None else q.dtype):
         raise InvalidArgumentError(
             f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, the cache {k_cache.dtype}: give all of them one dtype"
         )
@@ -73,7 +76,7 @@ def _attend(
         )
     tensors = (q, k, v, all_pages(k_cache), all_pages(v_cache), rotary)
     if variant is None and plan.variant is None:
-        return plan.attend(*tensors)
+        return plan.attend(*tensors) if scales is None else plan.attend(*tensors, (), scales)
     planned = None if plan.variant is None else plan.variant.digest
     if variant != planned:
         raise InvalidArgumentError(
@@ -81,7 +84,8 @@ def _attend(
             "layer's spec, and layers with other variants groups of their own"
         )
     plan.variant.check(values, q.device)
-    return plan.attend(*tensors, [value.detach() for value in values])
+    tensors = (*tensors, [value.detach() for value in values])
+    return plan.attend(*tensors) if scales is None else plan.attend(*tensors, scales)
 
 
 def _rotary_attend(
@@ -97,8 +101,16 @@ def _rotary_attend(
     k_weight: Tensor | None,
     eps: float,
     threshold: int,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    return _attend(q, k, v, k_cache, v_cache, group, Rotary(inv_freq, scaling, q_weight, k_weight, eps, threshold))
+    rotary = Rotary(inv_freq, scaling, q_weight, k_weight, eps, threshold)
+    return _attend(q, k, v, k_cache, v_cache, group, rotary, scales=scales)
+
+
+def _plain_attend(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, group: int, scales: Tensor | None = None
+) -> Tensor:
+    return _attend(q, k, v, k_cache, v_cache, group, scales=scales)
 
 
 def _variant_attend(
@@ -116,9 +128,10 @@ def _variant_attend(
     k_weight: Tensor | None = None,
     eps: float = 0.0,
     threshold: int = 0,
+    scales: Tensor | None = None,
 ) -> Tensor:
     rotary = None if inv_freq is None else Rotary(inv_freq, scaling, q_weight, k_weight, eps, threshold)
-    return _attend(q, k, v, k_cache, v_cache, group, rotary, variant, values)
+    return _attend(q, k, v, k_cache, v_cache, group, rotary, variant, values, scales)
 
 
 def _linear(
@@ -192,17 +205,22 @@ def _linear_pair_fake(
     return total, _linear_fake(total, next_weight, gated=gated)
 
 
-def _attend_fake(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, group: int, *others) -> Tensor:
+def _attend_fake(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, group: int, *others, **options
+) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 # Library.define costs 2-3 us a call where torch.library.custom_op costs 20-28.
 _library = torch.library.Library("graphattn", "DEF")
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, int group"
-_ROTARY = "Tensor inv_freq, float scaling, Tensor? q_weight, Tensor? k_weight, float eps, int threshold"
+_ROTARY = (
+    "Tensor inv_freq, float scaling, Tensor? q_weight, Tensor? k_weight, float eps, int threshold, Tensor? scales=None"
+)
 _VARIANT = (
     "str variant, Tensor[] values, Tensor? inv_freq=None, float scaling=1.0, Tensor? q_weight=None, "
-    "Tensor? k_weight=None, float eps=0.0, int threshold=0"
+    "Tensor? k_weight=None, float eps=0.0, int threshold=0, "
+    "Tensor? scales=None"
 )
 _LINEAR = (
     "Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm=None, float eps=0.0, bool gated=False, "
@@ -213,7 +231,7 @@ _LINEAR_PAIR = (
     "Tensor? next_bias, bool gated"
 )
 for _name, _schema, _function, _fake in (
-    ("attend", f"({_ARGUMENTS}) -> Tensor", _attend, _attend_fake),
+    ("attend", f"({_ARGUMENTS}, Tensor? scales=None) -> Tensor", _plain_attend, _attend_fake),
     ("rotary_attend", f"({_ARGUMENTS}, {_ROTARY}) -> Tensor", _rotary_attend, _attend_fake),
     ("variant_attend", f"({_ARGUMENTS}, {_VARIANT}) -> Tensor", _variant_attend, _attend_fake),
     ("linear", f"({_LINEAR}) -> Tensor", _linear, _linear_fake),

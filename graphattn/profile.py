@@ -17,6 +17,7 @@ from .buckets import BucketLadder
 from .document import read_document, write_document
 from .errors import InvalidArgumentError
 from .spans import BackendSpan, BackendTable, StepTime, backend_at, best_spans, checked_spans
+from .spec import CacheSpec
 
 SCHEMA_VERSION = 4
 ORIGIN = ("device", "versions", "model", "page_size", "layout")  # what a profile holds for
@@ -105,7 +106,7 @@ class CaptureProfile:
     Attributes:
         device: name of the device.
         versions: of graphattn, torch, triton and flashinfer; None for one that is not installed.
-        model: what the step depends on: model type, layers, sizes and dtype.
+        model: what the step depends on: model type, layers, sizes, dtype and that of the cache.
         page_size: tokens in a page.
         layout: of a page.
         ladder: the buckets to capture; all of them were measured.
@@ -238,8 +239,8 @@ def _bucket(found: dict[str, Any]) -> BucketProfile:
     return BucketProfile(**(found | {"backends": tuple(backends), "spans": tuple(spans)}))
 
 
-def origin(model: nn.Module, *, page_size: int, layout: str) -> dict[str, Any]:
-    """What a profile of this transformers model depends on, as `CaptureProfile` and its `check` take it."""
+def origin(model: nn.Module, cache: CacheSpec) -> dict[str, Any]:
+    """What a profile of this transformers model and cache depends on, as `CaptureProfile` and its `check` take it."""
     config, device = model.config.get_text_config(), model.device
     heads = config.num_attention_heads
     return {
@@ -258,9 +259,10 @@ def origin(model: nn.Module, *, page_size: int, layout: str) -> dict[str, Any]:
             "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
             "vocab_size": config.vocab_size,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "kv_cache_dtype": str(cache.dtype).removeprefix("torch."),
         },
-        "page_size": page_size,
-        "layout": layout,
+        "page_size": cache.page_size,
+        "layout": cache.layout,
     }
 
 

@@ -12,7 +12,9 @@ from .variants import Variant
 
 LAYOUTS = ("NHD", "HND")
 POS_ENCODINGS = ("none", "rope_llama")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FP8 = torch.float8_e4m3fn
+QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DTYPES = (*QUERY_DTYPES, FP8)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -101,18 +103,21 @@ class CacheSpec:
     Attributes:
         num_pages: pages of each layer, the null page 0 among them.
         page_size: tokens in a page.
-        dtype: of keys, values and queries.
+        dtype: that keys and values are kept in; `torch.float8_e4m3fn` keeps them in a byte each, over a scale.
+        query_dtype: of queries, keys and values as they come, and of what is attended: `dtype`, or where that is fp8
+            bfloat16 if None is given.
         layout: of a page: "NHD" `[page_size, num_kv_heads, head_dim]` or "HND" `[num_kv_heads, page_size, head_dim]`.
 
     Raises:
-        InvalidArgumentError: fewer than 2 pages, an empty page, a dtype that attention has no kernel for, or an unknown
-            layout.
+        InvalidArgumentError: fewer than 2 pages, an empty page, a dtype that attention has no kernel for, queries of
+            another dtype than a cache that is not fp8, or an unknown layout.
     """
 
     num_pages: int
     page_size: int = 16
     dtype: torch.dtype = torch.bfloat16
     layout: str = "NHD"
+    query_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.num_pages < 2:
@@ -121,8 +126,20 @@ class CacheSpec:
             raise InvalidArgumentError(f"page_size={self.page_size}: it must be at least 1")
         if self.dtype not in DTYPES:
             raise InvalidArgumentError(f"dtype={self.dtype}: the cache holds one of {', '.join(map(str, DTYPES))}")
+        if self.query_dtype is None:
+            object.__setattr__(self, "query_dtype", torch.bfloat16 if self.is_fp8 else self.dtype)
+        if self.query_dtype not in (QUERY_DTYPES if self.is_fp8 else (self.dtype,)):
+            raise InvalidArgumentError(
+                f"query_dtype={self.query_dtype} with dtype={self.dtype}: only a cache of {FP8} has queries of another "
+                f"dtype, one of {', '.join(map(str, QUERY_DTYPES))}"
+            )
         if self.layout not in LAYOUTS:
             raise InvalidArgumentError(f"layout={self.layout!r}: choose {' or '.join(LAYOUTS)}")
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether keys and values are kept over scales, which each layer has."""
+        return self.dtype == FP8
 
     def page_shape(self, spec: AttentionSpec) -> tuple[int, int, int]:
         """Shape of one page of a layer's keys, and of its values."""

@@ -168,6 +168,8 @@ def test_the_page_says_what_the_json_files_say(tool) -> None:
         ({"skew": "1x3+"}, "write ROWSxTOKENS"),
         ({"batches": "1,0"}, "give counts from 1 up"),
         ({"draw": Path("x.json")}, "--draw needs --plot"),
+        ({"kv_cache_dtype": "int8"}, "--kv-cache-dtype int8: choose auto or fp8"),
+        ({"kv_cache_dtype": "fp8", "workload": "attention"}, "of attention, --compare cache shows both"),
         (
             {"draw": ROOT / "docs" / "benchmarks" / "nano-h100.json", "plot_path": Path("x.png")},
             "is of nano: there are plots of decode and step",
@@ -282,7 +284,7 @@ def test_rows_that_share(tool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("comparison", "count"), [("backends", 2), ("layouts", 4), ("rope", 7), ("variants", 9)], ids=str
+    ("comparison", "count"), [("backends", 2), ("layouts", 4), ("cache", 4), ("rope", 7), ("variants", 9)], ids=str
 )
 def test_paths_of_a_comparison(tool, comparison: str, count: int) -> None:
     """Each is checked against plain torch."""
@@ -291,6 +293,12 @@ def test_paths_of_a_comparison(tool, comparison: str, count: int) -> None:
     (row,) = measure(config, torch.float32, "cpu", ["2x20"], 2, 1e9, comparison)
     assert len(row["paths"]) == count
     assert all(found["check"]["ours_rms"] < 1e-5 and found["step_us"] > 0 for found in row["paths"].values())
+
+
+def test_an_engine_over_an_fp8_cache_is_checked_with_a_floor_of_its_own(tool) -> None:
+    shape, options = ROOT / "tools" / "shapes" / "tiny.json", {"backend": "auto", "kv_cache_dtype": "fp8"}
+    checked = tool("benchmark.accuracy").accuracy(shape, torch.float32, "cpu", options)
+    assert 1e-4 < checked["ours_rms"] < 0.05
 
 
 @pytest.mark.parametrize("shape", sorted((ROOT / "tools" / "shapes").glob("*.json")), ids=lambda path: path.stem)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dense import DenseRows
 from tiny import tiny
 
-from graphattn import Attention, MemoryLeakError, Planner, active_plans, memory
+from graphattn import Attention, KVScales, MemoryLeakError, Planner, active_plans, memory
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -168,3 +168,16 @@ def test_links_point_at_files() -> None:
     for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_fp8_page(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # it writes scales.json
+    names = {"model": tiny("llama", dtype=torch.float32), "prompts": [[1, 2, 3], list(range(40))]}
+    blocks = code("fp8.md")
+    for block in blocks:
+        exec(block, names)
+        if "llm" in names:
+            assert ", fp8)" in names["llm"].explain()
+            names.pop("llm").close()
+    assert names["layer"].kv_scales.tolist() == [[0.125, 0.125], [0.25, 0.5]]
+    assert len(KVScales.load(tmp_path / "scales.json").k) == 2 and len(blocks) == 3

@@ -180,7 +180,7 @@ def test_a_sliding_window_is_obeyed_over_pages_and_chunks() -> None:
     [
         {"buckets": [3]},
         {"capture": "lazy", "enforce_eager": True},
-        {"layout": "HND", "kv_dtype": torch.float64},
+        {"layout": "HND", "kv_cache_dtype": torch.float64},
         pytest.param({"compile": True}, marks=pytest.mark.inductor),
     ],
     ids=str,
@@ -919,9 +919,9 @@ def test_pages_held_outside_the_engine_are_named() -> None:
         ({"capture": "some"}, InvalidArgumentError, "capture='some': choose all or lazy"),
         ({"layout": "HDN"}, InvalidArgumentError, "layout='HDN': choose auto, NHD or HND"),
         (
-            {"kv_dtype": torch.float8_e4m3fn},
+            {"kv_cache_dtype": "fp4"},
             InvalidArgumentError,
-            "kv_dtype=torch.float8_e4m3fn: the model computes in",
+            "kv_cache_dtype='fp4': choose 'auto' for the model's own, torch.float64, or 'fp8' for torch.float8_e4m3fn",
         ),
         ({"compile": "yes"}, InvalidArgumentError, "compile='yes'"),
         ({"buckets": [300]}, InvalidArgumentError, "bucket 300 is larger than max_batch=256"),

@@ -33,6 +33,7 @@ ORDER = (
     "buckets",
     "document",
     "traffic",
+    "scales",
     "choice",
     "spans",
     "pages",

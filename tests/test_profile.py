@@ -69,6 +69,7 @@ def test_it_says_what_was_measured_on_what(profile: CaptureProfile) -> None:
         "head_dim": 8,
         "vocab_size": 128,
         "dtype": "float64",
+        "kv_cache_dtype": "float64",
     }
     assert profile.device.startswith("cpu") and (profile.page_size, profile.layout) == (16, "NHD")
     assert profile.versions.keys() == {"graphattn", "torch", "triton", "flashinfer"}
@@ -124,7 +125,7 @@ def test_another_model_is_refused(path: Path) -> None:
     ],
 )
 def test_what_differs_is_named_with_both_values(profile: CaptureProfile, changed: dict, words: str) -> None:
-    here = origin(model(), page_size=16, layout="NHD")
+    here = origin(model(), CacheSpec(num_pages=2, dtype=model().dtype))
     profile.check(**here)
     changed = {name: value if name == "device" else getattr(profile, name) | value for name, value in changed.items()}
     with pytest.raises(InvalidArgumentError, match=words) as raised:

@@ -86,6 +86,7 @@ def main(
     backend: Annotated[str, typer.Option(help="As LLM takes it.")] = "auto",
     kernel: Annotated[str, typer.Option("--prefill", help="As LLM takes it.")] = "auto",
     cascade: Annotated[str, typer.Option(help="As LLM takes it.")] = "off",
+    kv_cache_dtype: Annotated[str, typer.Option(help="As LLM takes it: auto or fp8.")] = "auto",
     compile: Annotated[bool | None, typer.Option(help="Compile the step; on CUDA by default.")] = None,
     enforce_eager: Annotated[bool, typer.Option(help="No CUDA graphs.")] = False,
     commit: Annotated[str | None, typer.Option(help="The commit, where there is no git to ask.")] = None,
@@ -108,6 +109,10 @@ def main(
         raise typer.BadParameter(f"workload {workload!r}: choose {', '.join(WORKLOADS)}")
     if compare not in COMPARISONS:
         raise typer.BadParameter(f"compare {compare!r}: choose {', '.join(COMPARISONS)}")
+    if kv_cache_dtype not in ("auto", "fp8"):
+        raise typer.BadParameter(f"--kv-cache-dtype {kv_cache_dtype}: choose auto or fp8")
+    if workload == "attention" and kv_cache_dtype != "auto":
+        raise typer.BadParameter("--kv-cache-dtype is for engines: of attention, --compare cache shows both")
     peers = chosen_peers(against)
     for option, asked, served in (("--against", peers, WITH_PEERS), ("--plot", plot_path, PLOTTED)):
         if asked and workload not in served:
@@ -121,6 +126,7 @@ def main(
         "compile": compiled,
         "enforce_eager": enforce_eager,
         "cascade": cascade,
+        "kv_cache_dtype": kv_cache_dtype,
     }
 
     run = Run(workload, shape, engine, commit, json_path)

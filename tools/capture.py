@@ -66,6 +66,7 @@ def main(
         int | None, typer.Option(min=1, help="Of the engine that will use the profile; what the contexts need if less.")
     ] = None,
     layout: Annotated[str, typer.Option(help="As LLM takes it.")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="As LLM takes it: auto or fp8.")] = "auto",
     memory_fraction: Annotated[float, typer.Option(help="As LLM takes it.")] = 0.9,
     commit: Annotated[str | None, typer.Option(help="The commit, where there is no git to ask.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the document there too.")] = None,
@@ -92,6 +93,7 @@ def main(
         "enforce_eager": enforce_eager,
         "page_size": page_size,
         "layout": layout,
+        "kv_cache_dtype": kv_cache_dtype,
         "memory_fraction": memory_fraction,
     }
     console = Console(highlight=False, stderr=True)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..errors import InvalidArgumentError
 from ..rope import Rotary
-from ..spec import AttentionSpec, CacheSpec
+from ..spec import FP8, AttentionSpec, CacheSpec
 from ..state import StepState
 from ..variants import Variant
 
+FP8_CAPABILITY = (8, 9)  # from which our kernels convert to fp8
 PREFILL_KERNELS = ("auto", "fa2", "fa3")  # "auto" is what suits each batch
 
 
@@ -48,14 +50,20 @@ class Plan(Protocol):
         v_cache: Tensor,
         rotary: Rotary | None = None,
         values: Sequence[Tensor] = (),
+        scales_2K: Tensor | None = None,
     ) -> Tensor:
         """Norms and rotates queries and keys if asked to, appends keys and values, and attends causally over each row.
 
         Args:
             values: the layer's tensors of its variant, in the order of `Variant.tensors`.
+            scales_2K: float32, of the keys and the values of an fp8 cache; the new token is attended to as it is
+                stored there. None for other caches.
 
         Returns:
             `[N, H, D]`.
+
+        Raises:
+            InvalidArgumentError: the cache is fp8 and the plan was made for another, or the reverse.
         """
         ...
 
@@ -109,3 +117,25 @@ class Backend(Protocol):
     def num_bytes(self) -> int:
         """Bytes of workspace on the device."""
         ...
+
+
+def check_pages(cache: CacheSpec, q_NHD: Tensor, k_cache: Tensor, scales_2K: Tensor | None) -> None:
+    """Raises InvalidArgumentError for a layer with fp8 pages under a plan of others, and the reverse."""
+    is_fp8 = scales_2K is not None
+    if is_fp8 == (k_cache.dtype == FP8) == cache.is_fp8 and (not is_fp8 or q_NHD.dtype == cache.query_dtype):
+        return
+    raise InvalidArgumentError(
+        f"queries are {q_NHD.dtype}, the cache {k_cache.dtype} with {'' if is_fp8 else 'no '}scales, the plan was made "
+        f"for queries of {cache.query_dtype} and a cache of {cache.dtype}: give both the same CacheSpec"
+    )
+
+
+def fp8_rejections(cache: CacheSpec, device: torch.device) -> list[str]:
+    """Why a backend whose fp8 kernels are ours cannot serve a cache; empty if it can."""
+    if not cache.is_fp8 or device.type != "cuda" or not torch.cuda.is_available():
+        return []
+    there = torch.cuda.get_device_capability(device)
+    if there >= FP8_CAPABILITY:
+        return []
+    asked, there = (".".join(map(str, each)) for each in (FP8_CAPABILITY, there))
+    return [f"dtype {cache.dtype}: its append takes compute capability {asked}, this device has {there}"]

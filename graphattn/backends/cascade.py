@@ -20,7 +20,7 @@ from ..prefixes import Cascade, pays, shared_prefixes
 from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
-from .base import Plan, PrefillPlan
+from .base import Plan, PrefillPlan, check_pages
 from .flashinfer import FlashInferBackend
 from .reference import ReferenceBackend
 from .segments import level_segments, max_slots, stretches
@@ -175,13 +175,15 @@ class CascadePlan:
         v_cache: Tensor,
         rotary: Rotary | None = None,
         values: Sequence[Tensor] = (),
+        scales_2K: Tensor | None = None,
     ) -> Tensor:
+        check_pages(self._cache, q_NHD, k_cache, scales_2K)
         states, pages = self._states, (k_cache, v_cache)
         if rotary is not None:
             q_NHD, k_NKD = states.rotate(rotary, q_NHD, k_NKD, self._positions_B)
-        states.append(k_NKD, v_NKD, self._rows_B, self._positions_B, pages, self._csr)
+        states.append(k_NKD, v_NKD, self._rows_B, self._positions_B, pages, self._csr, scales_2K)
         ordered_BHD = q_NHD.index_select(0, self._field(ORDER, self._bucket))
-        return states.attend(ordered_BHD, pages).index_select(0, self._field(INVERSE, self._bucket))
+        return states.attend(ordered_BHD, pages, scales_2K).index_select(0, self._field(INVERSE, self._bucket))
 
     def _find(self, batch: Batch) -> Cascade:
         if self._found is None or self._found[0] is not batch:

@@ -17,7 +17,7 @@ from ..kernels import has_gluon
 from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
-from .base import Plan, PrefillPlan
+from .base import Plan, PrefillPlan, check_pages
 from .flashinfer import FlashInferBackend
 
 HEAD_DIMS = (64, 128, 256)
@@ -128,6 +128,8 @@ class DecodePlan:
         self._group, self._spec, self._cache, self._workspace = group, spec, cache, workspace
         self.page_shape, self.variant = cache.page_shape(spec), spec.variant
         self._split = split(bucket, spec)
+        if cache.is_fp8:  # as many bytes are to be on their way
+            self._split = self._split._replace(stages=2 * self._split.stages)
 
     @property
     def signature(self) -> tuple:
@@ -145,7 +147,9 @@ class DecodePlan:
         v_cache: Tensor,
         rotary: Rotary | None = None,
         values: Sequence[Tensor] = (),
+        scales_2K: Tensor | None = None,
     ) -> Tensor:
+        check_pages(self._cache, q_NHD, k_cache, scales_2K)
         from ..kernels.chain import is_chained
         from ..kernels.decode import decode_kernel
 
@@ -153,6 +157,8 @@ class DecodePlan:
         q, k, v = (_heads_together(tensor) for tensor in (q_NHD, k_NKD, v_NKD))
         out_NHD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         slot, head = (1, 2) if self._cache.layout == "NHD" else (2, 1)
+        if scales_2K is not None:  # pairs of neighbours
+            k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
         has_norm = rotary is not None and rotary.q_weight is not None
         chained, depends = is_chained(q.device), rotary is not None and rotary.depends_on_length
         with torch.cuda.device_of(q):  # Triton launches on the current device
@@ -170,6 +176,7 @@ class DecodePlan:
                 None if rotary is None else rotary.inv_freq,
                 rotary.q_weight if has_norm else None,
                 rotary.k_weight if has_norm else None,
+                scales_2K,
                 q.stride(0),
                 k.stride(0),
                 v.stride(0),
@@ -199,6 +206,7 @@ class DecodePlan:
                 HAS_SOFTCAP=spec.softcap is not None,
                 HAS_ROTARY=rotary is not None,
                 HAS_NORM=has_norm,
+                FP8=scales_2K is not None,
                 CHAINED=chained,
                 num_warps=self._split.warps,
                 launch_pdl=chained,

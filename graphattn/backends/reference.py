@@ -14,8 +14,10 @@ from torch import Tensor
 from ..batch import Batch
 from ..errors import BackendError
 from ..rope import Rotary
+from ..scales import dequantised, pair, quantised
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
+from .base import check_pages
 
 QUERY_BLOCK = 512  # query tokens whose scores are held at once
 
@@ -86,20 +88,26 @@ class ReferencePlan:
         v_cache: Tensor,
         rotary: Rotary | None = None,
         values: Sequence[Tensor] = (),
+        scales_2K: Tensor | None = None,
     ) -> Tensor:
+        check_pages(self._cache, q_NHD, k_cache, scales_2K)
         if rotary is not None:
             q_NHD, k_NKD = rotary.rotate(q_NHD, k_NKD, self._positions_N, self._lengths_N)
         is_hnd = self._cache.layout == "HND"
         k_PSKD, v_PSKD = (cache.transpose(1, 2) if is_hnd else cache for cache in (k_cache, v_cache))
-        k_PSKD.index_put_(self._new, k_NKD)
-        v_PSKD.index_put_(self._new, v_NKD)
-        out_NHD = q_NHD.new_empty(q_NHD.shape)
+        for pages_PSKD, new_NKD, scale_K in zip((k_PSKD, v_PSKD), (k_NKD, v_NKD), pair(scales_2K), strict=True):
+            pages_PSKD.index_put_(self._new, quantised(new_NKD, scale_K))
+        out_NHD, wide = q_NHD.new_empty(q_NHD.shape), torch.promote_types(q_NHD.dtype, torch.float32)
         for rows, held_BL, kv_lens_B in self._parts:
             num_rows = len(kv_lens_B)
-            q_BTHD, k_BLKD = q_NHD[rows].unflatten(0, (num_rows, -1)), k_PSKD[held_BL]
+            q_BTHD = q_NHD[rows].unflatten(0, (num_rows, -1))
+            k_BLKD, v_BLKD = (
+                dequantised(pages_PSKD[held_BL], scale_K, wide)
+                for pages_PSKD, scale_K in zip((k_PSKD, v_PSKD), pair(scales_2K), strict=True)
+            )
             if self._spec.pos_encoding == "rope_llama":
                 q_BTHD, k_BLKD = _turned(self._spec, q_BTHD, k_BLKD, kv_lens_B)
-            out_BTHD = self._attend_rows(q_BTHD, k_BLKD, v_PSKD[held_BL], kv_lens_B, values)
+            out_BTHD = self._attend_rows(q_BTHD, k_BLKD, v_BLKD, kv_lens_B, values)
             out_NHD[rows] = out_BTHD.flatten(0, 1).to(q_NHD.dtype)
         return out_NHD
 

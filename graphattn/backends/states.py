@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..batch import CSR
 from ..rope import Rotary
+from ..scales import dequantised, pair, quantised
 from ..spec import AttentionSpec, CacheSpec
 from .segments import Segments
 
@@ -39,26 +40,40 @@ class TorchStates:
         return rotary.rotate(q_BHD, k_BKD, positions_B)
 
     def append(
-        self, k_BKD: Tensor, v_BKD: Tensor, rows_B: Tensor, positions_B: Tensor, pages: tuple[Tensor, Tensor], csr: CSR
+        self,
+        k_BKD: Tensor,
+        v_BKD: Tensor,
+        rows_B: Tensor,
+        positions_B: Tensor,
+        pages: tuple[Tensor, Tensor],
+        csr: CSR,
+        scales_2K: Tensor | None,
     ) -> None:
         size = self._cache.page_size
         page_B = csr.indices_P[csr.indptr_B1[rows_B] + positions_B // size].long()
-        for tensor_PSKD, new_BKD in zip(self._slots_first(pages), (k_BKD, v_BKD), strict=True):
-            tensor_PSKD[page_B, (positions_B % size).long()] = new_BKD
+        for tensor_PSKD, new_BKD, scale_K in zip(
+            self._slots_first(pages), (k_BKD, v_BKD), pair(scales_2K), strict=True
+        ):
+            tensor_PSKD[page_B, (positions_B % size).long()] = quantised(new_BKD, scale_K)
 
-    def attend(self, q_BHD: Tensor, pages: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(self, q_BHD: Tensor, pages: tuple[Tensor, Tensor], scales_2K: Tensor | None) -> Tensor:
         """Attention over all levels and the tail, `[B, H, D]`, queries and result in the cascade's order."""
         one_each_B1 = torch.arange(len(q_BHD) + 1)
-        out, lse = self._attend_slots(q_BHD, one_each_B1, self._tail, pages)
+        out, lse = self._attend_slots(q_BHD, one_each_B1, self._tail, pages, scales_2K)
         for qo_indptr_S1, csr in self._levels:
-            merge_state_in_place(out, lse, *self._attend_slots(q_BHD, qo_indptr_S1, csr, pages))
+            merge_state_in_place(out, lse, *self._attend_slots(q_BHD, qo_indptr_S1, csr, pages, scales_2K))
         return out.to(q_BHD.dtype)
 
     def _slots_first(self, pages: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         return tuple(tensor.transpose(1, 2) for tensor in pages) if self._cache.layout == "HND" else pages
 
     def _attend_slots(
-        self, q_BHD: Tensor, qo_indptr_S1: Tensor, csr: CSR, pages: tuple[Tensor, Tensor]
+        self,
+        q_BHD: Tensor,
+        qo_indptr_S1: Tensor,
+        csr: CSR,
+        pages: tuple[Tensor, Tensor],
+        scales_2K: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of each slot's queries over all its tokens; 0 with a log-sum-exp of -inf over none."""
         size, wide = self._cache.page_size, torch.promote_types(q_BHD.dtype, torch.float32)
@@ -72,7 +87,10 @@ class TorchStates:
             if first == end or not length:
                 continue
             held = csr.indices_P[start : start - (-length // size)].long()
-            k_LKD, v_LKD = (tensor[held].flatten(0, 1)[:length].to(wide) for tensor in self._slots_first(pages))
+            k_LKD, v_LKD = (
+                dequantised(tensor[held].flatten(0, 1)[:length], scale_K, wide).to(wide)
+                for tensor, scale_K in zip(self._slots_first(pages), pair(scales_2K), strict=True)
+            )
             out_BHD[first:end], lse_BH[first:end] = self._attend(q_BHD[first:end].to(wide), k_LKD, v_LKD)
         return out_BHD, lse_BH
 

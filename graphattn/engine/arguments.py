@@ -15,8 +15,9 @@ from ..hf.load import end_token_ids, load_model
 from ..plan import BACKENDS, CASCADE_MODES
 from ..profile import CaptureProfile
 from ..runner import CAPTURE_MODES, CAPTURE_OOM_MODES
+from ..scales import KVScales
 from ..spans import BackendTable
-from ..spec import LAYOUTS
+from ..spec import LAYOUTS, CacheSpec
 from .sizing import KV_OOM_MODES
 
 
@@ -103,6 +104,23 @@ def backend_for(backend: str, profile: CaptureProfile | None, cascade: str) -> s
             "backend out, or measure a profile with it alone"
         )
     return profile.backends
+
+
+def scales_for(kv_scales: KVScales | str | Path | None, cache: CacheSpec) -> KVScales | None:
+    """The scales asked for, read from their file if need be.
+
+    Raises:
+        InvalidArgumentError: neither, no such file, or a cache that takes none.
+    """
+    if kv_scales is None:
+        return None
+    if not cache.is_fp8:
+        raise InvalidArgumentError(f"kv_scales for a cache of {cache.dtype}: pass kv_cache_dtype='fp8', or no scales")
+    if isinstance(kv_scales, (str, Path)):
+        return KVScales.load(kv_scales)
+    if not isinstance(kv_scales, KVScales):
+        raise InvalidArgumentError(f"kv_scales is a {type(kv_scales).__name__}: give KVScales, or a file of them")
+    return kv_scales
 
 
 def opened(

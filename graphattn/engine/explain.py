@@ -19,6 +19,7 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str
     mode = "captured in CUDA graphs" if run.uses_graphs else "eager (no CUDA graphs)"
     compiled = f"compiled, {step.num_compiles} graphs" if step.compile else "not compiled"
     shortage = run.shortage or executor.shortage
+    fp8 = ", fp8" if planner.cache.is_fp8 else ""
     return "\n".join(
         (
             f"decode      {mode}, {compiled}",
@@ -30,8 +31,8 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str
             f"merged      {_merged(executor)}",
             f"linears     {_linears(step)}",
             f"buckets     {buckets}; {run.ladder.waste(run.rows):.0%} of the rows computed were padding",
-            f"pages       {pool.num_usable} of {pool.page_size} tokens ({planner.cache.layout}), {pool.num_used} in "
-            f"use, {pool.num_cached} cached; max_seq_len {max_seq_len}",
+            f"pages       {pool.num_usable} of {pool.page_size} tokens ({planner.cache.layout}{fp8}), {pool.num_used} "
+            f"in use, {pool.num_cached} cached; max_seq_len {max_seq_len}",
             f"memory      {how}",
             *(() if shortage is None else (f"left out    {shortage}",)),
             f"steps       {counts['replay']} replayed, {counts['eager']} eager, {counts['guard']} stopped by the plan "

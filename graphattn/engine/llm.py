@@ -18,10 +18,11 @@ from ..ledger import Ledger
 from ..pages import PagePool
 from ..profile import CaptureProfile, origin
 from ..sampling import SamplingParams
+from ..scales import KVScales
 from ..spans import StepTime
 from ..traffic import Traffic
 from .accounts import engine_ledger
-from .arguments import backend_for, check_arguments, end_ids_of, ladder_for, opened, vocab_size_of
+from .arguments import backend_for, check_arguments, end_ids_of, ladder_for, opened, scales_for, vocab_size_of
 from .engine import Engine
 from .executor import Executor
 from .explain import explain
@@ -61,7 +62,8 @@ class LLM:
             is loaded (no more than `max_batch` requests of `max_seq_len` can use).
         on_kv_oom: where memory does not hold that cache: "raise", or "shrink" it to what is free then, with a warning.
         on_capture_oom: where it does not hold a graph: "raise", or "shrink" ladder and `max_batch`, with a warning.
-        kv_dtype: of the cache; None, or the model's own dtype: no backend serves another one yet.
+        kv_cache_dtype: "fp8" keeps keys and values in e4m3, a byte each; "auto" in the model's own dtype.
+        kv_scales: of an fp8 cache, as `calibrate` gives them, or a file of them; None for 1.0 everywhere.
         layout: of a page: "NHD" (slots before heads), "HND" or "auto", which is NHD.
         capture_profile: a file of `tools/capture.py` with the ladder and each bucket's backend; refused if it was made
             for another `max_batch`, model, page, device or version.
@@ -104,7 +106,8 @@ class LLM:
         memory_fraction: float = 0.9,
         on_kv_oom: str = "raise",
         on_capture_oom: str = "raise",
-        kv_dtype: torch.dtype | None = None,
+        kv_cache_dtype: str | torch.dtype = "auto",
+        kv_scales: KVScales | str | Path | None = None,
         layout: str = "auto",
         capture_profile: str | Path | None = None,
         record_batches: str | Path | None = None,
@@ -115,24 +118,11 @@ class LLM:
     ):
         profile = None if capture_profile is None else CaptureProfile.load(capture_profile)
         ladder = ladder_for(max_batch, buckets, profile)
-        check_arguments(
-            model=model,
-            tokenizer=tokenizer,
-            backend=backend,
-            compile=compile,
-            capture=capture,
-            layout=layout,
-            prefill=prefill,
-            cascade=cascade,
-            memory_fraction=memory_fraction,
-            max_seq_len=max_seq_len,
-            max_prefill_tokens=max_prefill_tokens,
-            page_size=page_size,
-            num_pages=num_pages,
-            kv_bytes=kv_bytes,
-            on_kv_oom=on_kv_oom,
-            on_capture_oom=on_capture_oom,
-        )
+        modes = {"backend": backend, "compile": compile, "capture": capture, "prefill": prefill, "cascade": cascade}
+        shortages = {"on_kv_oom": on_kv_oom, "on_capture_oom": on_capture_oom, "memory_fraction": memory_fraction}
+        sizes = {"page_size": page_size, "num_pages": num_pages, "kv_bytes": kv_bytes, "max_seq_len": max_seq_len}
+        others = {"layout": layout, "max_prefill_tokens": max_prefill_tokens}
+        check_arguments(model=model, tokenizer=tokenizer, **modes, **shortages, **sizes, **others)
         progress = progress or (lambda stage, done, total: None)
         model, tokenizer = opened(model, tokenizer, dtype=dtype, device=device, progress=partial(progress, "load"))
         binding = Binding(model, packs=True)
@@ -153,10 +143,12 @@ class LLM:
             )
             undo.callback(self._executor.close)
             vocab_size, limit = vocab_size_of(model), length_limit(binding, max_seq_len)
-            kind = {"page_size": page_size, "layout": layout, "kv_dtype": kv_dtype}
+            kind = {"page_size": page_size, "layout": layout, "kv_cache_dtype": kv_cache_dtype}
             sizing = Sizing.of(binding, ask, **kind, max_batch=max_batch, limit=limit)
             if profile is not None:
-                profile.check(**origin(model, page_size=page_size, layout=sizing.smallest.layout))
+                profile.check(**origin(model, sizing.smallest))
+            if (scales := scales_for(kv_scales, sizing.smallest)) is not None:
+                binding.set_scales(scales)
             self._start = Start(self._executor, sizing, ladder, limit=limit, profile=profile, progress=progress)
             cache = self._start.run(max_seq_len)
             undo.pop_all()
@@ -265,16 +257,24 @@ class LLM:
         """
         self._engine.abort(request_id)
 
-    def load_weights(self, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+    def load_weights(
+        self,
+        weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        kv_scales: KVScales | str | Path | None = None,
+    ) -> None:
         """Copies named tensors into the model in place, so that captured steps read them, and forgets cached prefixes.
 
-        Requests that run keep their tokens; their keys and values are computed anew.
+        Requests that run keep their tokens; their keys and values are computed anew, over `kv_scales` if given.
 
         Raises:
-            InvalidArgumentError: a name or shape is not the model's; weights before it are loaded.
+            InvalidArgumentError: a name or shape is not the model's; weights before it are loaded. Or scales that are
+                not for this model and cache; nothing is loaded.
         """
+        scales = scales_for(kv_scales, self._executor.cache.cache)
         self._engine.land()
         try:
+            if scales is not None:
+                self._executor.binding.set_scales(scales)
             self._executor.load_weights(weights)
         finally:
             self._scheduler.preempt(self._scheduler.running)

@@ -118,7 +118,7 @@ def profile_of(
         )
         buckets.append(BucketProfile(bucket=bucket, backends=backends, spans=spans))
     return CaptureProfile(
-        **origin(executor.model, page_size=planner.cache.page_size, layout=planner.cache.layout),
+        **origin(executor.model, planner.cache),
         ladder=tuple(captured) if ladder is None else tuple(ladder),
         buckets=tuple(buckets),
         costs=(costs,),

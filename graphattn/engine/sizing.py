@@ -11,10 +11,11 @@ from ..hf.binding import Binding
 from ..hf.load import max_positions
 from ..ledger import Ledger, mib
 from ..memory import pages_that_fit
-from ..spec import AttentionSpec, CacheSpec
+from ..spec import FP8, AttentionSpec, CacheSpec
 from .forecast import Costs
 
 KV_OOM_MODES = ("raise", "shrink")
+FP8_NAMES = ("fp8", "fp8_e4m3", FP8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Sizing:
         binding: Binding,
         ask: CacheAsk,
         *,
-        kv_dtype: torch.dtype | None,
+        kv_cache_dtype: str | torch.dtype,
         page_size: int,
         layout: str,
         max_batch: int,
@@ -82,18 +83,18 @@ class Sizing:
         """For a bound model, so many requests and so many tokens of each.
 
         Raises:
-            InvalidArgumentError: a `kv_dtype` that is not the model's.
+            InvalidArgumentError: a `kv_cache_dtype` that is neither the model's nor fp8.
         """
-        dtype = binding.model.dtype
-        if kv_dtype not in (None, dtype):
+        computed = binding.model.dtype
+        dtype = FP8 if kv_cache_dtype in FP8_NAMES else computed
+        if kv_cache_dtype not in ("auto", computed, *FP8_NAMES):
             raise InvalidArgumentError(
-                f"kv_dtype={kv_dtype}: the model computes in {dtype}, and no backend keeps a cache of any "
-                "other dtype; leave kv_dtype out, or load the model in that dtype"
+                f"kv_cache_dtype={kv_cache_dtype!r}: choose 'auto' for the model's own, {computed}, or 'fp8' for {FP8}"
             )
         layout = "NHD" if layout == "auto" else layout
         return cls(
             ask=ask,
-            smallest=CacheSpec(num_pages=2, page_size=page_size, dtype=dtype, layout=layout),
+            smallest=CacheSpec(num_pages=2, page_size=page_size, dtype=dtype, layout=layout, query_dtype=computed),
             spec=binding.spec,
             num_layers=len(binding.layers),
             max_pages=None if limit is None else 1 + max_batch * -(-limit // page_size),

@@ -11,6 +11,7 @@ from ..cache import KVCache
 from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..layer import Attention
 from ..rope import LengthRule, Rotary
+from ..scales import KVScales
 from .merge import MergedProjections
 from .probe import (
     IMPLEMENTATION,
@@ -114,6 +115,22 @@ class Binding:
         """Gives every layer its pages."""
         for layer, pages in zip(self.layers, cache.layers, strict=True):
             layer.bind(*pages)
+
+    def set_scales(self, scales: KVScales) -> None:
+        """Gives every layer its scales of an fp8 cache, in place where it has some.
+
+        Raises:
+            InvalidArgumentError: they are for other layers or heads; nothing was changed.
+        """
+        layers = self.layers
+        wanted = (len(layers), self.spec.num_kv_heads)
+        if tuple(scales.k.shape) != wanted:
+            raise InvalidArgumentError(
+                f"kv_scales are for {tuple(scales.k.shape)} layers and kv heads, the model has {wanted}: calibrate "
+                "this model"
+            )
+        for layer, k_K, v_K in zip(layers, scales.k, scales.v, strict=True):
+            layer.set_scales(k_K, v_K)
 
     def unbind(self) -> None:
         """Has every layer let go of its pages."""

@@ -16,11 +16,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from . import chain, rotate
+from . import append, chain, rotate
 from .axes import along
 from .heads import frequencies, ready
+from .pairs import normal, operands
 
-follow, frequencies_at = (gluon.jit(each.fn) for each in (chain.follow, rotate.frequencies_at))
+follow, frequencies_at, quantised = (
+    gluon.jit(each.fn) for each in (chain.follow, rotate.frequencies_at, append.quantised)
+)
 TOKENS = gl.constexpr(16)  # N
 _NONE = gl.constexpr(-1e30)  # a maximum over nothing; infinity less itself would be nan
 
@@ -120,6 +123,7 @@ def decode_kernel(
     inv_freq,
     q_weight,
     k_weight,
+    scales,
     stride_q,
     stride_k,
     stride_v,
@@ -149,16 +153,21 @@ def decode_kernel(
     HAS_SOFTCAP: gl.constexpr,
     HAS_ROTARY: gl.constexpr,
     HAS_NORM: gl.constexpr,
+    FP8: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
     DIM: gl.constexpr = 2 * HALF
+    PARTS: gl.constexpr = 2 if FP8 else 1
+    WORDS: gl.constexpr = DIM // PARTS  # of 16 bits, of a head in the cache
+    PHASES: gl.constexpr = min(8, WORDS // 8)
     BLOCK: gl.constexpr = WARPS * TOKENS
     dtype: gl.constexpr = k_cache.dtype.element_ty
+    weight_dtype: gl.constexpr = gl.float16 if FP8 else dtype
     products: gl.constexpr = gl.NVMMADistributedLayout([2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
     rows: gl.constexpr = gl.SliceLayout(2, products)
     lhs: gl.constexpr = gl.DotOperandLayout(0, products, k_width=2)
     rhs: gl.constexpr = gl.DotOperandLayout(1, products, k_width=2)
-    across: gl.constexpr = min(DIM // 8, 32)
+    across: gl.constexpr = min(WORDS // 8, 32)
     copied: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32 // across, across], [WARPS, 1, 1], [2, 1, 0])
     paged: gl.constexpr = _page_layout(WARPS, across)
     heads: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HALF // 8), HALF // 8], [WARPS, 1], [1, 0])
@@ -180,14 +189,13 @@ def decode_kernel(
     if split < used:
         begin = first + split * chunk
         end = gl.minimum(begin + chunk, length - 1)  # the new token is not read from the cache
-        keys = gl.allocate_shared_memory(
-            dtype, [STAGES, WARPS, TOKENS, DIM], gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
-        )
-        values = gl.allocate_shared_memory(dtype, [STAGES, WARPS, TOKENS, DIM], keys.layout)
+        swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 8 // PHASES, PHASES, [2, 1, 0])
+        keys = gl.allocate_shared_memory(dtype, [STAGES, WARPS, TOKENS, WORDS], swizzled)
+        values = gl.allocate_shared_memory(dtype, [STAGES, WARPS, TOKENS, WORDS], swizzled)
         caches = (k_cache, v_cache, stride_page, stride_slot, head * stride_head)
         own_SN1 = along(0, WARPS, 0, copied) * TOKENS + along(0, TOKENS, 1, copied)
         own_page_SN1 = along(0, WARPS, 0, paged) * TOKENS + along(0, TOKENS, 1, paged)
-        d_11D = along(0, DIM, 2, copied)
+        d_11D = along(0, WORDS, 2, copied)
         at = begin + own_page_SN1
         page_SN1 = gl.load(table + at // PAGE, mask=at < end, other=0)
         for stage in gl.static_range(STAGES):
@@ -213,11 +221,21 @@ def decode_kernel(
         else:
             q_GL, q_GH = gl.load(q_at, mask=is_head, other=0.0), gl.load(q_at + HALF, mask=is_head, other=0.0)
         q_GD = gl.reshape(gl.permute(gl.join(q_GL, q_GH), [0, 2, 1]), [16, DIM])
-        q_1GD = gl.expand_dims(gl.convert_layout(q_GD, gl.SliceLayout(0, lhs)), 0)
-        q_SGD, _zeros = gl.broadcast(q_1GD, gl.zeros([WARPS, 16, DIM], q.dtype.element_ty, lhs))
+        if FP8:
+            k_scale, v_scale = gl.load(scales + head), gl.load(scales + gl.num_programs(0) + head)
+            scale *= k_scale
+            q_GD, power_G = normal(q_GD)
+            factor_1G = gl.expand_dims(gl.convert_layout(power_G * scale, gl.SliceLayout(0, rows)), 0)
+            q_parts, factor = gl.split(gl.reshape(q_GD, [16, WORDS, 2])), gl.expand_dims(factor_1G, 2)
+        else:
+            q_parts, factor = (q_GD,), scale
+        queries, acc = (), ()
+        for part in gl.static_range(PARTS):
+            q_1GW = gl.expand_dims(gl.convert_layout(q_parts[part], gl.SliceLayout(0, lhs)), 0)
+            q_SGW, _zeros = gl.broadcast(q_1GW, gl.zeros([WARPS, 16, WORDS], q_1GW.dtype, lhs))
+            queries, acc = queries + (q_SGW,), acc + (gl.zeros([WARPS, 16, WORDS], gl.float32, products),)
         best_SG = gl.full([WARPS, 16], _NONE, gl.float32, rows)
         total_SG = gl.zeros([WARPS, 16], gl.float32, rows)
-        acc_SGD = gl.zeros([WARPS, 16, DIM], gl.float32, products)
         if split == used - 1:
             k_at = k + row * stride_k + head * DIM + d_1L
             if HAS_ROTARY:
@@ -226,11 +244,13 @@ def decode_kernel(
                 k_1L, k_1H = gl.load(k_at), gl.load(k_at + HALF)
             page = gl.load(table + (length - 1) // PAGE).to(gl.int64)
             slot = page * stride_page + ((length - 1) % PAGE) * stride_slot + head * stride_head
-            gl.store(k_cache + slot + d_1L, k_1L)
-            gl.store(k_cache + slot + HALF + d_1L, k_1H)
-            d_new = along(0, DIM, 2, products)
-            v_11D = gl.load(v + row * stride_v + head * DIM + d_new)
-            gl.store(v_cache + slot + d_new, v_11D)
+            k_slot, v_slot = k_cache + slot, v_cache + slot
+            if FP8:
+                k_slot = k_slot.to(gl.pointer_type(gl.float8e4nv), bitcast=True)
+                v_slot = v_slot.to(gl.pointer_type(gl.float8e4nv), bitcast=True)
+                k_1L, k_1H = quantised(k_1L, k_scale), quantised(k_1H, k_scale)
+            gl.store(k_slot + d_1L, k_1L)
+            gl.store(k_slot + HALF + d_1L, k_1H)
             score_G = gl.sum(q_GL.to(gl.float32) * k_1L.to(gl.float32) + q_GH.to(gl.float32) * k_1H.to(gl.float32), 1)
             score_1G = gl.expand_dims(gl.convert_layout(score_G * scale, gl.SliceLayout(0, rows)), 0)
             if HAS_SOFTCAP:
@@ -238,14 +258,25 @@ def decode_kernel(
             is_first = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, rows)), 1) == 0
             best_SG = gl.where(is_first, score_1G, best_SG)
             total_SG = gl.where(is_first, 1.0, total_SG)
-            acc_SGD += gl.where(gl.expand_dims(is_first, 2), v_11D.to(gl.float32), 0.0)
+            started = ()
+            for part in gl.static_range(PARTS):
+                d_11W = along(0, WORDS, 2, products) * PARTS + part
+                v_11W = gl.load(v + row * stride_v + head * DIM + d_11W)
+                if FP8:
+                    v_11W = quantised(v_11W, v_scale)
+                gl.store(v_slot + d_11W, v_11W)
+                started = started + (acc[part] + gl.where(gl.expand_dims(is_first, 2), v_11W.to(gl.float32), 0.0),)
+            acc = started
 
         n_S1N = along(0, WARPS, 0, products) * TOKENS + along(0, TOKENS, 2, products)
         stage = 0
         for start in range(begin, end, BLOCK):
             async_copy.wait_group(2 * STAGES - 1)
             score_SGN = gl.zeros([WARPS, 16, TOKENS], gl.float32, products)
-            score_SGN = mma_v2(q_SGD, keys.index(stage).permute([0, 2, 1]).load(rhs), score_SGN) * scale
+            held = operands(keys.index(stage).permute([0, 2, 1]), rhs, FP8)
+            for part in gl.static_range(PARTS):
+                score_SGN = mma_v2(queries[part], held[part], score_SGN)
+            score_SGN *= factor
             if HAS_SOFTCAP:
                 score_SGN = _cap(score_SGN, softcap)
             score_SGN = gl.where(start + n_S1N < end, score_SGN, float("-inf"))
@@ -255,11 +286,12 @@ def decode_kernel(
             total_SG = total_SG * fade_SG + gl.sum(weight_SGN, 2)
             best_SG = higher_SG
             async_copy.wait_group(2 * STAGES - 2)
-            acc_SGD = mma_v2(
-                gl.convert_layout(weight_SGN.to(dtype), lhs),
-                values.index(stage).load(rhs),
-                acc_SGD * gl.expand_dims(fade_SG, 2),
-            )
+            weight_SGN = gl.convert_layout(weight_SGN.to(weight_dtype), lhs)
+            held = operands(values.index(stage), rhs, FP8)
+            added = ()
+            for part in gl.static_range(PARTS):
+                added = added + (mma_v2(weight_SGN, held[part], acc[part] * gl.expand_dims(fade_SG, 2)),)
+            acc = added
             following = start + STAGES * BLOCK
             next_at = following + BLOCK + own_page_SN1
             next_page_SN1 = gl.load(table + next_at // PAGE, mask=next_at < end, other=0)
@@ -269,6 +301,9 @@ def decode_kernel(
 
         # The warps' parts meet where keys and values were, once no copy is on its way there.
         async_copy.wait_group(0)
+        acc_SGD = acc[0]
+        if FP8:
+            acc_SGD = gl.reshape(gl.join(acc[0], acc[1]), [WARPS, 16, DIM])
         ROWS: gl.constexpr = 8 if HEADS <= 8 else 16
         if ROWS == 8:  # the others are padding
             acc_SGD, _padding = gl.split(gl.permute(gl.reshape(acc_SGD, [WARPS, 2, 8, DIM]), [0, 2, 3, 1]))
@@ -287,6 +322,8 @@ def decode_kernel(
         fade_SH = gl.exp(best_SH - gl.expand_dims(best_H, 0))
         total_H = gl.sum(totals.slice(0, HEADS, 1).load(gl.SliceLayout(2, side)) * fade_SH, 0)
         acc_HD = gl.sum(parts.slice(0, HEADS, 1).load(side) * gl.expand_dims(fade_SH, 2), 0)
+        if FP8:
+            acc_HD *= v_scale
         best_H1 = gl.expand_dims(gl.convert_layout(best_H, gl.SliceLayout(1, flat)), 1)
         total_H1 = gl.expand_dims(gl.convert_layout(total_H, gl.SliceLayout(1, flat)), 1)
         h = gl.expand_dims(gl.arange(0, HEADS, gl.SliceLayout(1, flat)), 1)

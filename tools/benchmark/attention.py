@@ -23,6 +23,7 @@ from .shape import head_dim_of, token_bytes
 from .timing import quantile, spread, wait
 
 PAGE_SIZE = 16
+FP8 = torch.float8_e4m3fn
 WARM_STEPS = 5
 
 
@@ -107,11 +108,12 @@ class Pages:
         self.tables: list[list[int]] = [[] for _ in rows]
         for row in random.Random(0).sample(range(len(rows)), len(rows)):
             self.tables[row] = shared[rows[row].part] + pool.allocate(num_own[row])
-        self.cache = ga.CacheSpec(num_pages=pool.num_pages, page_size=PAGE_SIZE, dtype=dtype, layout=path.layout)
+        sizes = {"num_pages": pool.num_pages, "page_size": PAGE_SIZE, "layout": path.layout}
+        self.cache = ga.CacheSpec(**sizes, dtype=FP8 if path.is_fp8 else dtype, query_dtype=dtype)
         self.layers = ga.KVCache(len(chain.attention), self.spec, self.cache, device).layers
         for attention, pair in zip(chain.attention, self.layers, strict=True):
             for pages in pair:
-                pages.normal_()
+                pages.copy_(torch.randn(pages.shape, dtype=dtype, device=device))  # torch draws no fp8
             attention.bind(*pair)
 
     @property
@@ -178,7 +180,7 @@ def check(chain: Chain, pages: Pages, path: Path, device: str) -> dict:
 
 def _plain(chain: Chain, pages: Pages, path: Path, dtype: torch.dtype) -> Tensor:
     """What the first layer computes over the same pages, in plain torch."""
-    cache = replace(pages.cache, dtype=dtype)
+    cache = replace(pages.cache, dtype=dtype, query_dtype=dtype)
     layer, device, batch = chain.unbound(path)[0], pages.layers[0][0].device, len(pages.lens)
     layer.bind(*(held.to(dtype, copy=True) for held in pages.layers[0]))
     sizes = {"max_batch": batch, "max_seq_len": max(pages.lens), "page_size": PAGE_SIZE}
@@ -186,8 +188,11 @@ def _plain(chain: Chain, pages: Pages, path: Path, dtype: torch.dtype) -> Tensor
     plan = ga.Planner([pages.spec], cache, device, "reference").decode(state, batch)
     plan.plan(state.stage(batch, [0] * batch, pages.lens, pages.page_lists))
     state.feed(batch)
+    q, *new = chain.first_heads(batch)
+    if path.is_fp8:  # the token of the step is attended to as it is stored
+        new = [heads.to(FP8) for heads in new]
     with ga.active_plans(plan.groups):
-        return layer(*(heads.to(dtype) for heads in chain.first_heads(batch)))
+        return layer(q.to(dtype), *(heads.to(dtype) for heads in new))
 
 
 def measure(

@@ -110,7 +110,7 @@ def measure(llm: LLM, cases: dict[str, list[int]], tokens: int, rate: float) -> 
                 "steps": len(timed.seconds),
                 "step_ms": step_ms,
                 "tokens_per_s": len(lens) / step_ms["p50"] * 1e3,
-                "floor_ms": step_bytes(llm.model, middle) / rate * 1e3,
+                "floor_ms": step_bytes(llm, middle) / rate * 1e3,
                 "token_ids": timed.token_ids,
             }
         )

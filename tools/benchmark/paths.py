@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,12 +25,14 @@ class Path:
         layout: of the cache's pages.
         options: what `Attention` takes beyond heads and width, made of the query heads, head dim and device.
         turns: whether queries and keys are turned before the layer, as transformers turns them.
+        is_fp8: whether the cache holds e4m3, over scales of 1.
     """
 
     backend: str = ""
     layout: str = "NHD"
     options: Callable[[int, int, str], dict] = lambda heads, head_dim, device: {}
     turns: bool = False
+    is_fp8: bool = False
 
 
 def inverse_frequencies(pairs: int, head_dim: int, device: str) -> Tensor:
@@ -90,6 +92,11 @@ COMPARISONS: dict[str, dict[str, Path]] = {
         for name in ("fused", "flashinfer", "reference", "cascade")
         for layout in ("NHD", "HND")
     },
+    "cache": {
+        f"{name} {dtype}": Path(name, is_fp8=dtype == "fp8")
+        for name in ("fused", "flashinfer", "reference", "cascade")
+        for dtype in ("16 bit", "fp8")
+    },
     "rope": {
         "not turned": Path(),
         "turned by torch before": Path(turns=True),
@@ -124,7 +131,7 @@ def compared(what: str, device: str) -> dict[str, Path]:
         if what in ("rope", "variants") and backend not in SERVED[device]:
             backend = FIRST[device]
         if backend in SERVED[device]:
-            paths[name] = Path(backend, path.layout, path.options, path.turns)
+            paths[name] = replace(path, backend=backend)
     return paths
 
 

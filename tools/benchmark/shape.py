@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from graphattn import LLM
+
 
 def config_of(shape: Path):
     """The transformers config that the file describes."""
@@ -48,11 +50,12 @@ def token_bytes(config, itemsize: int) -> int:
     return 2 * config.num_key_value_heads * head_dim_of(config) * itemsize
 
 
-def step_bytes(model, lens: list[int]) -> int:
+def step_bytes(llm: LLM, lens: list[int]) -> int:
     """The fewest bytes a decode step reads: every weight once (of the embedding only rows), every row's keys and
     values once."""
-    config = model.config.get_text_config()
+    model, pool = llm.model, llm.pool
     weights = sum(weight.nbytes for weight in model.parameters())
-    if not config.tie_word_embeddings:
+    if not model.config.get_text_config().tie_word_embeddings:
         weights -= model.get_input_embeddings().weight.nbytes
-    return weights + sum(lens) * config.num_hidden_layers * token_bytes(config, model.dtype.itemsize)
+    cached = next(line.bytes for line in llm.ledger().lines if line.name == "KV pages")
+    return weights + sum(lens) * cached // ((pool.num_usable + 1) * pool.page_size)

@@ -86,7 +86,7 @@ def measure(
                     raise
                 steps.append({"context": context, "reason": str(error)})
             else:
-                floor = step_bytes(llm.model, [context] * bucket) / rate
+                floor = step_bytes(llm, [context] * bucket) / rate
                 eager = llm.time_steps(bucket, context, num_steps=num_steps, eager=True) if compares else None
                 steps.append(
                     {

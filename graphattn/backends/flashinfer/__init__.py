@@ -9,7 +9,7 @@ import torch
 from ...errors import BackendError
 from ...spec import AttentionSpec, CacheSpec
 from ...state import StepState
-from ..base import Plan, PrefillPlan
+from ..base import Plan, PrefillPlan, fp8_rejections
 
 VERSION = "0.7.2.post1"
 HEAD_DIMS = (64, 128, 256)
@@ -49,9 +49,14 @@ class FlashInferBackend:
             reasons.append("Triton is not installed: pip install triton (torch's CUDA builds bring it)")
         if spec.head_dim not in HEAD_DIMS:
             reasons.append(f"head_dim {spec.head_dim}: it has kernels for {', '.join(map(str, HEAD_DIMS))}")
-        if cache.dtype not in (torch.bfloat16, torch.float16):
-            reasons.append(f"dtype {cache.dtype}: it has kernels for torch.bfloat16 and torch.float16")
-        return reasons
+        if cache.query_dtype not in (torch.bfloat16, torch.float16):
+            what = "query_dtype" if cache.is_fp8 else "dtype"
+            reasons.append(f"{what} {cache.query_dtype}: it has kernels for torch.bfloat16 and torch.float16")
+        if cache.is_fp8 and spec.pos_encoding != "none":
+            reasons.append(
+                f"dtype {cache.dtype}: it turns no fp8 keys, as pos_encoding {spec.pos_encoding} would have it"
+            )
+        return reasons + fp8_rejections(cache, device)
 
     def decode_plan(self, state: StepState, bucket: int) -> Plan:
         from .decode import DecodePlan

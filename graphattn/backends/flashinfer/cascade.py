@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from flashinfer import BatchPrefillWithPagedKVCacheWrapper, append_paged_kv_cache, merge_state_in_place
+from flashinfer import BatchPrefillWithPagedKVCacheWrapper, merge_state_in_place
 from torch import Tensor
 
 from ...batch import CSR
@@ -19,7 +19,7 @@ from ...spec import AttentionSpec, CacheSpec
 from ..segments import Segments
 from . import private
 from .decode import DecodePlan
-from .paged import PagedPlan
+from .paged import PagedPlan, append, for_stored_keys, of_stored_values
 from .workspace import Workspace
 
 
@@ -70,13 +70,20 @@ class FlashInferStates:
         return rotate(rotary, q_BHD, k_BKD, positions_B)
 
     def append(
-        self, k_BKD: Tensor, v_BKD: Tensor, rows_B: Tensor, positions_B: Tensor, pages: tuple[Tensor, Tensor], csr: CSR
+        self,
+        k_BKD: Tensor,
+        v_BKD: Tensor,
+        rows_B: Tensor,
+        positions_B: Tensor,
+        pages: tuple[Tensor, Tensor],
+        csr: CSR,
+        scales_2K: Tensor | None,
     ) -> None:
-        table = (csr.indices_P, csr.indptr_B1, csr.last_page_len_B)
-        append_paged_kv_cache(k_BKD, v_BKD, rows_B, positions_B, pages, *table, kv_layout=self._layout)
+        append(k_BKD, v_BKD, rows_B, positions_B, pages, csr, self._layout, scales_2K)
 
-    def attend(self, q_BHD: Tensor, pages: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(self, q_BHD: Tensor, pages: tuple[Tensor, Tensor], scales_2K: Tensor | None) -> Tensor:
         """Attention over all levels and the tail, `[B, H, D]`, queries and result in the cascade's order."""
+        q_BHD = for_stored_keys(q_BHD, scales_2K)
         # Each of the two streams waits for the other before it goes on, so neither takes memory that is still read.
         stream = torch.cuda.current_stream(q_BHD.device)
         self._beside.wait_stream(stream)
@@ -86,7 +93,7 @@ class FlashInferStates:
         stream.wait_stream(self._beside)
         for state in shared:
             merge_state_in_place(out_BHD, lse_BH, *state)
-        return out_BHD
+        return of_stored_values(out_BHD, scales_2K)
 
 
 class LevelPlan(PagedPlan):

@@ -24,6 +24,8 @@ def why_not(spec: AttentionSpec, cache: CacheSpec, device: torch.device) -> str 
         return f"variant {spec.variant.name} is compiled for fa2"
     if spec.pos_encoding != "none":
         return f"pos_encoding {spec.pos_encoding} is fa2's"
+    if cache.is_fp8:
+        return f"dtype {cache.dtype}: it takes fp8 keys with fp8 queries only, fa2 takes them with {cache.query_dtype}"
     capability = torch.cuda.get_device_capability(device)
     if capability != CAPABILITY:
         asked, there = (".".join(map(str, each)) for each in (CAPABILITY, capability))

@@ -74,8 +74,9 @@ class RaggedPlan:
         v_cache: Tensor,
         rotary: Rotary | None = None,
         values: Sequence[Tensor] = (),
+        scales_2K: Tensor | None = None,
     ) -> Tensor:
-        return self._now.attend(q_NHD, k_NKD, v_NKD, k_cache, v_cache, rotary, values)
+        return self._now.attend(q_NHD, k_NKD, v_NKD, k_cache, v_cache, rotary, values, scales_2K)
 
 
 class KernelPlan(PagedPlan):

@@ -124,9 +124,9 @@ def load_variant(spec: AttentionSpec, cache: CacheSpec):
         BackendError: it could not be compiled or loaded; names the variant, with the compiler's last lines.
     """
     try:
-        return _variant_module(variant.arguments(spec, cache.dtype))
+        return _variant_module(variant.arguments(spec, cache.query_dtype, cache.dtype))
     except Exception as error:
-        raise variant.not_compiled(spec, cache.dtype, error) from error
+        raise variant.not_compiled(spec, cache.query_dtype, error) from error
 
 
 @functools.cache
@@ -144,7 +144,8 @@ def use(wrapper, module, arguments: variant.Arguments) -> None:
 
 
 def _key(spec: AttentionSpec, cache: CacheSpec) -> tuple:
-    dtypes, fp16_qk_reduction = (cache.dtype, cache.dtype, cache.dtype, torch.int32), False
+    query, fp16_qk_reduction = cache.query_dtype, False
+    dtypes = (query, cache.dtype, query, torch.int32)
     pos_encoding = POS_ENCODINGS.index(spec.pos_encoding)  # FlashInfer's PosEncodingMode
     has_window, has_softcap = spec.window is not None, spec.softcap is not None
     sizes = (spec.head_dim, spec.head_dim)

@@ -39,12 +39,12 @@ class Arguments(NamedTuple):
     struct: str
 
 
-def arguments(spec: AttentionSpec, dtype: torch.dtype) -> Arguments:
-    """The arguments for queries, keys and values of `dtype`; the uri is made of all others."""
+def arguments(spec: AttentionSpec, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Arguments:
+    """The arguments for queries of `dtype`, and pages of it or of `kv_dtype`; the uri is made of all others."""
     variant = spec.variant
     names = _scalar_names(spec)
     rest = (
-        *(dtype, dtype, dtype, torch.int32, spec.head_dim, spec.head_dim),
+        *(dtype, kv_dtype or dtype, dtype, torch.int32, spec.head_dim, spec.head_dim),
         tuple(f"variant_{name}" for name in variant.tensors),
         tuple(C_TYPES[dtype] for dtype, _ in variant.kinds.values()),
         names,

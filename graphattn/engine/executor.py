@@ -164,7 +164,7 @@ class Executor:
         last = batch.qo_indptr_B1[1:][complete].long() - 1
         if not len(last):
             last = batch.qo_indptr_B1[-1:].long() - 1  # its logits are computed for nobody
-        logits_RV = self._logits(batch, last)
+        logits_RV = self.logits(batch, last)
         for chunk in chunks:
             chunk.request.computed(chunk.num_tokens)
         drawn = [chunk.request for chunk in chunks if chunk.request.num_pending == 0]
@@ -272,9 +272,10 @@ class Executor:
         pages = [NULL_PAGE] * -(-length // page_size)
         rows = ([[0] * length] * num_rows, [0] * num_rows, [[pages] * num_rows])
         batch = ragged_batch(*rows, page_size=page_size, device=self.device)
-        self._logits(batch, batch.qo_indptr_B1[1:].long() - 1)
+        self.logits(batch, batch.qo_indptr_B1[1:].long() - 1)
 
-    def _logits(self, batch: Batch, last: Tensor) -> Tensor:
+    def logits(self, batch: Batch, last: Tensor) -> Tensor:
+        """Logits after tokens `last` (int64, in host memory) of a ragged batch, `[len(last), vocabulary]`."""
         self._prefill_plan.plan(batch)
         with torch.no_grad(), active_plans(self._prefill_plan.groups):
             return self.step.logits(batch.token_ids_N, batch.positions_N, self._upload(last))

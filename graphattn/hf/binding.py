@@ -11,7 +11,9 @@ from ..cache import KVCache
 from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..layer import Attention
 from ..rope import LengthRule, Rotary
+from .load import max_positions
 from .merge import MergedProjections
+from .oracle import EAGER, Oracle
 from .probe import (
     IMPLEMENTATION,
     PROBE,
@@ -58,18 +60,20 @@ class Binding:
         model: a decoder of transformers, in eval mode.
         packs: whether tokens of several requests will share a row, at positions that are those of their slots. Then
             the layers also take over norm and rotation, and projections of one input are merged.
+        checks: whether to record what transformers' eager attention computes, to be compared with.
 
     Attributes:
         model: the model.
         layers: the `Attention` layers by layer index.
         spec: what each of them computes.
         rotary, merged: what was taken over and merged; None unless it packs.
+        oracle: what was recorded; None unless it checks.
 
     Raises:
         UnsupportedModelError: the model's attention does something this layer does not serve; names it.
     """
 
-    def __init__(self, model: PreTrainedModel, *, packs: bool):
+    def __init__(self, model: PreTrainedModel, *, packs: bool, checks: bool = False):
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedModelError(f"{type(model).__name__} is no transformers PreTrainedModel")
         if any(hasattr(module, LAYER) for module in model.modules()):
@@ -81,6 +85,7 @@ class Binding:
         self.model = model
         self.rotary: RotaryTakeover | None = None
         self.merged: MergedProjections | None = None
+        self.oracle: Oracle | None = None
         self._configs = _private_configs(model)
         self._modules: list[nn.Module] = []
         try:
@@ -92,8 +97,12 @@ class Binding:
                 self._implement(PROBE_UNMASKED)
                 refuse_positions_by_place(model)
                 self.rotary = RotaryTakeover(model, [call.module for call in calls])
-                self.merged = MergedProjections(model)
                 rotaries = self.rotary.rotaries
+            if checks:
+                self._implement(EAGER)
+                self.oracle = Oracle(model, [call.module for call in calls], self._longest_alike)
+            if packs:
+                self.merged = MergedProjections(model)
             for call, rotary in zip(calls, rotaries, strict=True):
                 self._add_layer(call.module, rotary)
             self._implement(IMPLEMENTATION)
@@ -105,6 +114,12 @@ class Binding:
     def length_rule(self) -> LengthRule | None:
         """How the model's rotary frequencies depend on a request's length; None if they do not."""
         return None if self.rotary is None else self.rotary.length_rule
+
+    @property
+    def _longest_alike(self) -> int | None:
+        """Tokens of a row up to which its length changes no frequencies; None for no limit."""
+        limits = (max_positions(self.model), self.length_rule and self.length_rule.threshold)
+        return min((limit for limit in limits if limit), default=None)
 
     @property
     def layers(self) -> list[Attention]:

@@ -24,6 +24,7 @@ from .probe import (
     shared_spec,
 )
 from .rotary import RotaryTakeover
+from .widths import widened
 
 LAYER = "graphattn"  # name of the submodule that each attention module gets
 
@@ -41,8 +42,9 @@ def _attention(module, query, key, value, attention_mask, **arguments):
             f"{type(module).__name__} has attn_implementation={IMPLEMENTATION!r} and was not attached (part of a model "
             "that is, or built from its config): attach it, or set another implementation"
         )
-    packed = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-    out = layer(*packed)
+    width = layer.spec.head_dim
+    packed = (widened(tensor.transpose(1, 2).flatten(0, 1), width) for tensor in (query, key, value))
+    out = layer(*packed)[..., : value.shape[3]]
     return out.unflatten(0, (query.shape[0], query.shape[2])), None
 
 

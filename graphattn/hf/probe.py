@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError
 from ..spec import AttentionSpec
+from .widths import served_width
 
 # The attention implementations under which a model must be to be probed, with masks and without.
 PROBE, PROBE_UNMASKED = "graphattn_probe", "graphattn_probe_unmasked"
@@ -175,10 +176,6 @@ def _spec(layer: str, model: PreTrainedModel, call: Call) -> AttentionSpec:
     if arguments.get("is_causal") is False or getattr(call.module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{layer} is not causal, which is not served")
     head_dim, v_dim, device = call.query.shape[3], call.value.shape[3], call.query.device
-    if v_dim != head_dim:
-        raise UnsupportedModelError(
-            f"{layer} has values of width {v_dim} under keys of width {head_dim}, which is not served"
-        )
     if device != model.device:
         raise UnsupportedModelError(
             f"{layer} is on {device}, the model on {model.device}: a model over several devices is not served"
@@ -191,8 +188,8 @@ def _spec(layer: str, model: PreTrainedModel, call: Call) -> AttentionSpec:
     return AttentionSpec(
         num_heads=call.query.shape[1],
         num_kv_heads=call.key.shape[1],
-        head_dim=head_dim,
-        scale=arguments.get("scaling"),
+        head_dim=served_width(head_dim, v_dim, device),
+        scale=arguments.get("scaling") or head_dim**-0.5,
         window=window,
         softcap=arguments.get("softcap"),
     )

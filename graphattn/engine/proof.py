@@ -8,8 +8,10 @@ import torch
 
 from ..batch import ragged_batch
 from ..buckets import BucketLadder
+from ..errors import DeviceMemoryError
 from ..hf.binding import Binding
 from ..hf.oracle import Tokens
+from ..shortage import first_line, is_out_of_memory
 from ..spans import BackendTable
 from ..spec import CacheSpec
 from .executor import Executor
@@ -28,6 +30,7 @@ def prove(binding: Binding, cache: CacheSpec, backend: str | BackendTable, *, pr
 
     Raises:
         ModelCheckError: a layer differs; names the first.
+        DeviceMemoryError: memory does not hold so few tokens.
     """
     names = [backend] if isinstance(backend, str) else {span.backend: 0 for each in backend.values() for span in each}
     for name in names:
@@ -45,6 +48,13 @@ def prove(binding: Binding, cache: CacheSpec, backend: str | BackendTable, *, pr
         )
         try:
             _run(executor, cache)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                f"not even {binding.oracle.ids.numel()} tokens fit beside the model ({first_line(error)}): end what "
+                "else uses the device; check=False leaves out their comparison with transformers' eager attention"
+            ) from error
         finally:
             executor.release()
 

@@ -126,6 +126,8 @@ class Oracle:
                 with torch.no_grad():
                     self._logits = model(input_ids=self.ids, position_ids=positions, use_cache=False).logits
             found = _recorded.get()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise UnsupportedModelError(
                 f"{self._name} could not be checked against transformers' eager attention: {type(error).__name__}: "

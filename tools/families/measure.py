@@ -77,7 +77,7 @@ def measure(
     plain, exact = eager(model, dtype), eager(model, WIDER[dtype])
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(2, 128, (length + DECODED,), generator=generator).tolist() for length in PROMPTS]
-    right = {each: [_logits(each, row) for row in rows] for each in (plain, exact)}
+    right = {each: [logits_of(each, row) for row in rows] for each in (plain, exact)}
     figures, said = Figures(), {"title": family.title, "kind": family.kind, "dtype": str(dtype)}
     options = {"max_batch": len(rows), "max_seq_len": 64, "num_pages": 40, "compile": compile, "backend": backend}
     try:
@@ -85,9 +85,8 @@ def measure(
     except UnsupportedModelError as error:
         return said | {"refused": str(error)}
     with llm:
-        for kind, row_indices, columns, ours in _steps(llm, rows):
-            others = ([right[each][row][columns] for row in row_indices] for each in (plain, exact))
-            figures.add(kind, ours, *map(torch.cat, others))
+        for kind, row, columns, ours in steps(llm, rows):
+            figures.add(kind, ours, *(right[each][row][columns] for each in (plain, exact)))
         runner, binding = llm._executor.runner, llm._executor.binding
         said |= {
             "refused": None,
@@ -101,13 +100,15 @@ def measure(
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, row: Sequence[int]) -> Tensor:
+def logits_of(model: PreTrainedModel, row: Sequence[int]) -> Tensor:
+    """Logits of a row's tokens, `[tokens, vocabulary]`."""
     ids = torch.tensor([row], device=model.device)
     return model(input_ids=ids, use_cache=False).logits[0]
 
 
-def _steps(llm: LLM, rows: list[list[int]]) -> Iterator[tuple[str, list[int], slice, Tensor]]:
-    """Every step: its kind, its rows, which of their tokens, and the logits `[tokens of all rows, vocabulary]`."""
+def steps(llm: LLM, rows: list[list[int]]) -> Iterator[tuple[str, int, slice, Tensor]]:
+    """Runs rows of `PROMPTS` and `DECODED` tokens; for each step and row of it: the kind of step, the row, which of its
+    tokens, and their logits `[tokens, vocabulary]`."""
     executor, size, everyone = llm._executor, llm.pool.page_size, range(len(rows))
     for pair in executor.cache.layers:
         for pages in pair:
@@ -123,7 +124,7 @@ def _steps(llm: LLM, rows: list[list[int]]) -> Iterator[tuple[str, list[int], sl
         batch = ragged_batch(tokens, starts, held, page_size=size, device=executor.device)
         logits = executor.logits(batch, torch.arange(len(batch.token_ids_N), device="cpu"))
         for row, start, part in zip(chosen, starts, logits.split([len(each) for each in tokens]), strict=True):
-            yield "prefill", [row], slice(start, start + len(part)), part
+            yield "prefill", row, slice(start, start + len(part)), part
     executor.draw_greedily(len(rows))
     for step in range(DECODED):
         lens = [length + step + 1 for length in PROMPTS]
@@ -141,7 +142,7 @@ def _steps(llm: LLM, rows: list[list[int]]) -> Iterator[tuple[str, list[int], sl
             with torch.no_grad():
                 logits, _ = executor.runner.run(fed, [lens[row] for row in of_kind], pages, eager=is_eager)
             for row, part in zip(of_kind, logits.clone(), strict=True):
-                yield kind, [row], slice(lens[row] - 1, lens[row]), part[None]
+                yield kind, row, slice(lens[row] - 1, lens[row]), part[None]
     for table in tables:
         table.release()
 
@@ -157,7 +158,7 @@ def shows(name: str, change: Callable[[nn.Module, dict], None], *, seed: int = 0
     model = build(FAMILIES[name], dtype=torch.float32, seed=seed)
     row = torch.randint(2, 128, (max(PROMPTS),), generator=torch.Generator().manual_seed(seed)).tolist()
     plain = eager(model, torch.float32)
-    right = _logits(plain, row)
+    right = logits_of(plain, row)
 
     def attention(module, query, key, value, mask, **arguments):
         given = {"query": query, "key": key, "value": value, "attention_mask": mask, **arguments}
@@ -167,4 +168,4 @@ def shows(name: str, change: Callable[[nn.Module, dict], None], *, seed: int = 0
     AttentionInterface.register("graphattn_changed", attention)
     AttentionMaskInterface.register("graphattn_changed", eager_mask)
     plain.set_attn_implementation("graphattn_changed")
-    return _rms(_logits(plain, row) - right) / _rms(right)
+    return _rms(logits_of(plain, row) - right) / _rms(right)

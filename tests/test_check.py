@@ -49,6 +49,14 @@ def test_a_model_of_few_positions_passes(way) -> None:
         way(tiny("llama", max_position_embeddings=longest))
 
 
+def test_positions_by_place_pass_where_rows_are_not_packed() -> None:
+    """As transformers does, they count padding, so that the rows to compare have none."""
+    model = tiny("bart", d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=96, encoder_layers=2)
+    WAYS["attach"](model)
+    with pytest.raises(UnsupportedModelError, match="takes positions from a token's place"):
+        WAYS["LLM"](model)
+
+
 def test_rope_that_changes_at_a_length_passes() -> None:
     """The rows stay below it: transformers would give them all the frequencies of the longest."""
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}

@@ -22,6 +22,7 @@ from .probe import (
     refuse_config,
     refuse_positions_by_place,
     shared_spec,
+    takes_positions_by_place,
 )
 from .rotary import RotaryTakeover
 from .widths import widened
@@ -101,8 +102,10 @@ class Binding:
                 self.rotary = RotaryTakeover(model, [call.module for call in calls])
                 rotaries = self.rotary.rotaries
             if checks:
+                self._implement(PROBE_UNMASKED)
+                is_ragged = packs or not takes_positions_by_place(model)
                 self._implement(EAGER)
-                self.oracle = Oracle(model, [call.module for call in calls], self._longest_alike)
+                self.oracle = Oracle(model, [call.module for call in calls], self._longest_alike, is_ragged=is_ragged)
             if packs:
                 self.merged = MergedProjections(model)
             for call, rotary in zip(calls, rotaries, strict=True):

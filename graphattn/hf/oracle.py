@@ -100,6 +100,7 @@ class Oracle:
         model: under the attention implementation `EAGER`.
         modules: its attention modules by layer index.
         longest: tokens that a row may have; None for no limit.
+        is_ragged: whether rows are to be of different lengths; padding would move the positions of some models.
 
     Attributes:
         ids: `[B, T]` int64, on the model's device.
@@ -109,10 +110,12 @@ class Oracle:
         UnsupportedModelError: it does not run so, or an attention module is not called once; says which.
     """
 
-    def __init__(self, model: PreTrainedModel, modules: Sequence[nn.Module], longest: int | None):
+    def __init__(
+        self, model: PreTrainedModel, modules: Sequence[nn.Module], longest: int | None, *, is_ragged: bool = True
+    ):
         self._name, self._modules = type(model).__name__, list(modules)
         most = max(PROMPTS) if longest is None else max(1, min(max(PROMPTS), longest - 1))
-        self.prompts = [min(length, most) for length in PROMPTS]
+        self.prompts = [min(length, most) if is_ragged else most for length in PROMPTS]
         self.ids = _some_ids(model, len(self.prompts), most + 1)
         positions = torch.arange(most + 1, device=self.ids.device).expand_as(self.ids)
         self._hidden: list[Tensor | None] = [None] * len(self._modules)

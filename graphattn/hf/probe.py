@@ -28,6 +28,7 @@ UNSERVED_ARGUMENTS = {
     "block_indices": "sparse attention blocks",
 }
 SERVED_LAYER_TYPES = ("full_attention", "sliding_attention")
+OWN_CONFIGS = {"text_config", "attn_config", "ffn_config"}  # inside a config, of the decoder itself
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types
 FARTHEST = 1 << 20  # positions up to which a layer's mask is read
 
@@ -77,7 +78,7 @@ def refuse_config(model: PreTrainedModel, *, packs: bool) -> None:
         raise UnsupportedModelError(f"{name} is in training mode: call model.eval() first")
     if model.config.is_encoder_decoder or config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise UnsupportedModelError(f"{name} attends to an encoder: only decoders are served")
-    if parts := sorted(set(model.config.sub_configs) - {"text_config"}):
+    if parts := sorted(set(model.config.sub_configs) - OWN_CONFIGS):
         raise UnsupportedModelError(
             f"{name} has parts besides its decoder ({', '.join(parts)}), whose masks would be lost: attach its "
             "language model alone"
@@ -101,15 +102,20 @@ def length_dependent(model: PreTrainedModel) -> str | None:
     return next((kind for kind in kinds if kind in LENGTH_DEPENDENT), None)
 
 
-def refuse_positions_by_place(model: PreTrainedModel) -> None:
-    """Raises UnsupportedModelError for a model, under `PROBE_UNMASKED`, that takes a position from a token's place.
+def takes_positions_by_place(model: PreTrainedModel) -> bool:
+    """Whether a model, under `PROBE_UNMASKED`, takes a position from a token's place in the row.
 
-    Tokens of several requests are packed into one row, so positions must come from `position_ids` alone: the same token
-    twice at one position must give the same queries, keys and values.
+    Where it takes them from `position_ids` alone, the same token twice at one position gives the same queries, keys and
+    values.
     """
     scaled = getattr(model.config.get_text_config(), "attn_temperature_tuning", False)
     tensors = [each for call in probe(model, positions=(3, 3)) for each in (call.query, call.key, call.value)]
-    if scaled or not all(torch.allclose(each[:, :, 0], each[:, :, 1], rtol=0.05, atol=1e-4) for each in tensors):
+    return scaled or not all(torch.allclose(each[:, :, 0], each[:, :, 1], rtol=0.05, atol=1e-4) for each in tensors)
+
+
+def refuse_positions_by_place(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError for such a model: tokens of several requests are to be packed into one row."""
+    if takes_positions_by_place(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} takes positions from a token's place in the row and not from position_ids, so "
             "requests cannot share a step; graphattn.hf.attach(model) may serve it"

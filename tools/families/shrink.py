@@ -21,7 +21,8 @@ SIZES = {
     r"(head_dim|d_kv|attention_head_dim|global_head_dim|d_head|kv_channels)": 16,
     r"(moe_intermediate_size|expert_ffn_hidden_size|moe_ffn_hidden_size|shared_intermediate_size)": 32,
     r"(shared_expert_intermediate_size|moe_shared_expert_intermediate_size)": 32,
-    r"(intermediate_size|ffn_dim|d_ff|n_inner|decoder_ffn_dim|encoder_ffn_dim|ffn_hidden_size|intermediate_size_mlp)": 96,
+    r"(intermediate_size|intermediate_size_mlp|ffn_dim|d_ff|n_inner|ffn_hidden_size)": 96,
+    r"(decoder_ffn_dim|encoder_ffn_dim)": 96,
     r"(num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts)": 8,
     r"(num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|experts_per_token)": 2,
     r"(sliding_window|attention_window_size|local_window_size|window_size)": WINDOW,
@@ -36,11 +37,13 @@ SIZES = {
     r"(mamba_d_state|state_size|ssm_state_size|mamba_d_head|mamba_head_dim|linear_(key|value)_head_dim)": 16,
     r"(hidden_size_per_layer_input|time_step_rank|mamba_chunk_size|chunk_size|index_topk)": 16,
 }
+LATENT = {"head_dim": 8, "num_key_value_heads": 4}  # of DeepSeek's attention: the width of what turns
 PER_LAYER = {"per_layer_config": {"03": {"head_dim": 32}}}
 # What follows from other fields, or may not be as the defaults are.
 EXTRAS: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"head_dim": 8, "num_key_value_heads": 4},
-    "deepseek_v3": {"head_dim": 8, "num_key_value_heads": 4},
+    "axk1": LATENT,
+    "deepseek_v2": {**LATENT, "num_experts_per_tok": 2, "n_routed_experts": 8},
+    "deepseek_v3": LATENT,
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": {
         "intermediate_size": [96] * LAYERS,
@@ -51,14 +54,19 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "gemma4_text": PER_LAYER,
     "gemma4_unified_text": PER_LAYER,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "glm4_moe_lite": LATENT,
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "longcat_flash": LATENT,
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "minicpm3": LATENT,
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "reformer": {"is_decoder": True},
+    "youtu": LATENT,
 }
 
 
@@ -80,7 +88,7 @@ def shrunk(kind: str) -> PretrainedConfig:
 
 
 def tiny(kind: str, *, seed: int = 0) -> PreTrainedModel:
-    """A model of that type in float32 and eval mode, with random weights four times as large as transformers makes them.
+    """A model of that type in float32 and eval mode, its random weights four times as large as transformers makes them.
 
     Raises:
         NotBuilt: it cannot be made, or is too large still.

@@ -1,4 +1,4 @@
-"""Every causal language model of the installed transformers, tiny and random: served, refused with the reason, or wrong.
+"""Every causal language model of transformers, tiny and random: served, refused with the reason, or wrong.
 
 Each is tried in a child process, whose time is limited.
 """
@@ -111,22 +111,21 @@ def _in_llm(model: PreTrainedModel, plain: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def _attached(model: PreTrainedModel, plain: PreTrainedModel) -> float:
-    """All rows in one batch, padded on the left, and then token by token."""
+    """All rows in one batch, padded on the left, and then token by token; transformers is given the same."""
     rows, longest = _rows(), max(PROMPTS)
     with attach(model):
-        right = [logits_of(plain, row) for row in rows]
-        scale = torch.cat(right).square().mean().sqrt()
         mask = torch.tensor([[0] * (longest - length) + [1] * length for length in PROMPTS])
         ids = torch.tensor([[0] * (longest - n) + row[:n] for n, row in zip(PROMPTS, rows, strict=True)])
-        past, errors = None, []
+        caches, errors, right = {model: None, plain: None}, [], []
         for step in range(DECODED):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            options = {"attention_mask": mask, "position_ids": positions, "past_key_values": past, "use_cache": True}
-            out = model(input_ids=ids, **options)
-            for row, length in enumerate(PROMPTS):
-                first = 0 if step == 0 else length + step - 1
-                of_row = right[row][first : length + step]
-                errors.append((out.logits[row, -len(of_row) :] - of_row).abs().max() / scale)
-            past, mask = out.past_key_values, torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+            options = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
+            found = {}
+            for each, past in caches.items():
+                out = each(input_ids=ids, past_key_values=past, **options)
+                found[each], caches[each] = out.logits[mask[:, -ids.shape[1] :].bool()], out.past_key_values
+            right.append(found[plain])
+            errors.append((found[model] - found[plain]).abs().max())
+            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
             ids = torch.tensor([[row[length + step]] for length, row in zip(PROMPTS, rows, strict=True)])
-    return torch.stack(errors).max().item()
+    return (torch.stack(errors).max() / torch.cat(right).square().mean().sqrt()).item()

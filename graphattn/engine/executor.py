@@ -15,6 +15,7 @@ from ..cache import KVCache
 from ..draw import Sampled, sample, with_logprobs
 from ..errors import CaptureError, DeviceMemoryError, InvalidArgumentError
 from ..hf.binding import IMPLEMENTATION, Binding
+from ..hf.capturable import refuse_uncapturable
 from ..layer import Attention
 from ..ledger import mib, tensor_bytes
 from ..ops import active_plans
@@ -56,6 +57,8 @@ class Executor:
         max_prefill_tokens: int,
     ):
         self.binding, self.model, self.device = binding, binding.model, binding.model.device
+        if compile or (self.device.type == "cuda" and not enforce_eager):
+            refuse_uncapturable(self.model)
         self.num_layers, self.backend, self.cascade = len(binding.layers), backend, cascade
         self.is_lazy = capture == "lazy"
         self.prefill_kernel, self.max_prefill_tokens = prefill, max_prefill_tokens
@@ -281,7 +284,7 @@ class Executor:
             return self.step.logits(batch.token_ids_N, batch.positions_N, self._upload(last))
 
     def _read_addresses(self) -> list[int]:
-        return [tensors[name].data_ptr() for tensors, name in self._weights]
+        return [address for tensors, name in self._weights for address in _addresses(tensors[name])]
 
     def _upload(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":
@@ -295,6 +298,13 @@ class Executor:
         for row, request in enumerate(requests):
             request.draw(first + row)
         return flight
+
+
+def _addresses(tensor: Tensor) -> list[int]:
+    """Where a tensor lies; of one that wraps others, as quantised weights do, where those lie."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor.data_ptr()]
+    return [address for name in tensor.__tensor_flatten__()[0] for address in _addresses(getattr(tensor, name))]
 
 
 def seated(before: list[Request], requests: Sequence[Request]) -> list[Request]:

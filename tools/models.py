@@ -21,7 +21,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]  # for `tools.families`, whoever runs this
 
-from tools.benchmark.environment import environment  # noqa: E402
+from tools.benchmark.environment import environment, package_version  # noqa: E402
 from tools.families.measure import KINDS, measure  # noqa: E402
 from tools.families.page import write_page  # noqa: E402
 from tools.families.quantised import QUANTISERS, try_quantiser  # noqa: E402
@@ -111,7 +111,9 @@ def quantised(
     for name in _named(only, list(QUANTISERS)):
         rows.append(try_quantiser(name, device, compile=compile))
         console.print(rows[-1])
-    _finish({"workload": "quantised", "environment": environment(device, commit), "rows": rows}, path, [])
+    where = environment(device, commit)
+    where |= {module: package_version(module) for module, _ in QUANTISERS.values()}
+    _finish({"workload": "quantised", "environment": where, "rows": rows}, path, [])
 
 
 @app.command("page")

@@ -46,6 +46,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _origin(stem: str, document: dict) -> str:
     environment = document["environment"]
     names = {"torch": "torch", "transformers": "transformers", "flashinfer": "FlashInfer", "triton": "Triton"}
+    names |= {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
     versions = [f"{title} {environment[name]}" for name, title in names.items() if environment.get(name)]
     return (
         f"{environment['device']}, {', '.join(versions)}; commit {str(environment['commit'])[:7]}; "
@@ -55,8 +56,8 @@ def _origin(stem: str, document: dict) -> str:
 
 def _families(document: dict) -> str:
     text = (
-        f"In {document['dtype'].removeprefix('torch.')}: the root mean square error of logits, and in brackets how many "
-        "times plain torch's in the same dtype that is, both against plain torch in a wider one. At most twice is "
+        f"In {document['dtype'].removeprefix('torch.')}: the root mean square error of logits, and in brackets how "
+        "many times plain torch's in the same dtype that is, both against plain torch in a wider one. At most twice is "
         "allowed, of the root mean square and of the largest, and a rounding of the logits themselves. *Captured* is a "
         "replay of a CUDA graph where there are graphs, and the plain call over the same buffers elsewhere.\n"
     )
@@ -88,7 +89,7 @@ def _sweep(document: dict) -> str:
     parts = [
         f"All {len(rows)} causal language models of transformers, each made tiny from the defaults of its config, in "
         f"float32: {', '.join(f'{counts[verdict]} {verdict}' for verdict in VERDICTS)}. *Wrong* would be logits that "
-        f"differ by more than {document['allowed']:g} of their size, an error that is not one of graphattn's, or no end.\n"
+        f"differ by more than {document['allowed']:g} of their size, an error that is not graphattn's own, or no end.\n"
     ]
     for verdict, title in (
         (WRONG, "Wrong"),

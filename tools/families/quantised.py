@@ -42,7 +42,7 @@ QUANTISERS: dict[str, tuple[str, Callable]] = {
     "torchao int4 weights": ("mslk", _torchao("Int4WeightOnlyConfig", group_size=32)),
     "bitsandbytes int8": ("bitsandbytes", _own("BitsAndBytesConfig", load_in_8bit=True)),
     "bitsandbytes int4": ("bitsandbytes", _own("BitsAndBytesConfig", load_in_4bit=True, **BFLOAT16)),
-    "fp8 in blocks (DeepSeek's)": ("kernels", _own("FineGrainedFP8Config", weight_block_size=(32, 32))),
+    "fp8 in blocks (DeepSeek's)": ("transformers", _own("FineGrainedFP8Config", weight_block_size=(32, 32))),
 }
 
 

@@ -19,7 +19,8 @@ PROMPTS = (1, 5, 16, 17, 40)  # tokens of each row before it decodes, a page of 
 DECODED = 6  # steps, in which a row grows into another page
 WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 FLOOR = 4  # units in the last place of the root mean square logit, and of the largest
-KINDS = ("prefill", "decode", "captured decode", "batch of 1")
+CAPTURED = "captured decode"  # a plain call too where there are no graphs
+KINDS = ("prefill", "decode", CAPTURED, "batch of 1")
 
 
 class Figures:
@@ -134,7 +135,7 @@ def steps(llm: LLM, rows: list[list[int]]) -> Iterator[tuple[str, int, slice, Te
         chosen = [row for row in everyone if step % 2 == 0 or row != alone]  # a whole bucket, and one that is padded
         for kind, of_kind, is_eager in (
             ("decode", chosen, True),
-            ("captured decode", chosen, False),
+            (CAPTURED, chosen, False),
             ("batch of 1", [alone], False),
         ):
             fed = [rows[row][lens[row] - 1] for row in of_kind]

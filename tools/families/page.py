@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .measure import KINDS
+from .measure import CAPTURED, KINDS
 from .sweep import BY_ATTACH, NOT_BUILT, REFUSED, SERVED, VERDICTS, WRONG
 
 FOLDER = "models"
@@ -59,7 +59,7 @@ def _families(document: dict) -> str:
         f"In {document['dtype'].removeprefix('torch.')}: the root mean square error of logits, and in brackets how "
         "many times plain torch's in the same dtype that is, both against plain torch in a wider one. At most twice is "
         "allowed, of the root mean square and of the largest, and a rounding of the logits themselves. *Captured* is a "
-        "replay of a CUDA graph where there are graphs, and the plain call over the same buffers elsewhere.\n"
+        "replay of a CUDA graph; the same step as a plain call is *decode*.\n"
     )
     head = ["family", "`model_type`", *KINDS, "replays", "compiled graphs", "layers"]
     served, refused = [], []
@@ -69,7 +69,8 @@ def _families(document: dict) -> str:
             continue
         graphs = "-" if row["compiles"] is None else str(row["compiles"])
         layers = "; ".join(each.removeprefix("AttentionSpec") for each in row["layers"])
-        figures = [_figure(row["errors"][kind]) for kind in KINDS]
+        shown = [kind for kind in KINDS if kind != CAPTURED or row["replays"]]
+        figures = [_figure(row["errors"][kind]) if kind in shown else "-" for kind in KINDS]
         served.append([row["title"], f"`{row['kind']}`", *figures, str(row["replays"] or "-"), graphs, layers])
     parts = [text, _table(head, served)]
     if refused:

@@ -39,6 +39,15 @@ def test_what_is_served_passes_and_leaves_nothing_behind(way, family: str, dtype
     assert snapshot(model) == {**seen, "weights": snapshot(model)["weights"]}  # merged weights have moved
 
 
+def test_what_was_recorded_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a large model it is tens of megabytes, and nobody reads it again."""
+    model = tiny("llama")
+    with LLM(model, max_batch=2, num_pages=20) as llm:
+        assert llm._executor.binding.oracle is None
+    with attach(model) as handle:
+        assert handle._binding.oracle is None
+
+
 @pytest.mark.parametrize("options", [{"page_size": 1}, {"page_size": 64}, {"backend": "reference"}], ids=str)
 def test_other_pages_pass(way, options: dict) -> None:
     way(tiny("llama"), **options)

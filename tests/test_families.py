@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from graphattn import UnsupportedModelError
+from graphattn import LLM, UnsupportedModelError
 from graphattn.hf import attach, binding, oracle, probe, rotary, widths
 from tools.families.measure import KINDS, measure, shows
 from tools.families.table import FAMILIES, build
@@ -137,6 +137,13 @@ def test_wider_heads_give_the_same(name: str, as_on_cuda: None) -> None:
     check(found)
     width = {"llama-80": 128, "llama-96": 128}.get(name, 64)
     assert all(f"head_dim={width}" in layer for layer in found["layers"])
+
+
+def test_explain_says_what_was_widened() -> None:
+    with LLM(build(FAMILIES["deepseek-v3"], dtype=torch.float32), max_batch=2, num_pages=20) as llm:
+        assert "heads are 24 wide, values 16, the rest are zeros" in llm.explain()
+    with LLM(build(FAMILIES["llama"], dtype=torch.float32), max_batch=2, num_pages=20) as llm:
+        assert "the rest are zeros" not in llm.explain()
 
 
 def test_widths() -> None:

@@ -57,6 +57,7 @@ def prove(binding: Binding, cache: CacheSpec, backend: str | BackendTable, *, pr
             ) from error
         finally:
             executor.release()
+    binding.oracle = None  # its tensors are for nothing else
 
 
 def _run(executor: Executor, cache: CacheSpec) -> None:

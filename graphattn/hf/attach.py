@@ -155,6 +155,7 @@ class Attachment:
                 out = self.model(input_ids=step, **options)
             oracle.check_logits(out.logits.flatten(0, 1)[tokens.places], tokens)
             past, mask = out.past_key_values, torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+        self._binding.oracle = None  # its tensors are for nothing else
 
     def _forward_on_pages(self, *args, **kwargs):
         """The model's forward, its rows in pages and under a plan; one call at a time, whatever the thread."""

@@ -70,7 +70,8 @@ class Binding:
         layers: the `Attention` layers by layer index.
         spec: what each of them computes.
         rotary, merged: what was taken over and merged; None unless it packs.
-        oracle: what was recorded; None unless it checks.
+        widths: of the model's own heads, of queries and of values, where our layers have wider ones; else None.
+        oracle: what was recorded, until it was compared with; None unless it checks.
 
     Raises:
         UnsupportedModelError: the model's attention does something this layer does not serve; names it.
@@ -95,6 +96,8 @@ class Binding:
             self._implement(PROBE)
             calls = probe(model)
             self.spec = shared_spec(model, calls)
+            widths = (calls[0].query.shape[3], calls[0].value.shape[3])
+            self.widths = None if set(widths) == {self.spec.head_dim} else widths
             rotaries: list[Rotary | None] = [None] * len(calls)
             if packs:
                 self._implement(PROBE_UNMASKED)

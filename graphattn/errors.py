@@ -60,5 +60,17 @@ class UnsupportedModelError(GraphattnError, ValueError):
     """The model's attention does something this layer does not serve; the message names it."""
 
 
+class ModelCheckError(UnsupportedModelError):
+    """A model that was attached does not compute what transformers' eager attention does.
+
+    Attributes:
+        layer: index of the first layer that differs; None if all attend as they should and the logits differ.
+    """
+
+    def __init__(self, message: str, *, layer: int | None):
+        super().__init__(message)
+        self.layer = layer
+
+
 class ModelFileError(GraphattnError, ValueError):
     """A path is not a model that can be loaded."""

@@ -108,6 +108,6 @@ def forced_logits(model, ids: list[int], *, chunk: int = 128, **options) -> Tens
             part = ids[start : start + chunk]
             held = pages[: -(-(start + len(part)) // 16)]
             batch = ragged_batch([part], [start], [[held]], page_size=16, device=executor.device)
-            found.append(executor._logits(batch, torch.arange(len(part))))
+            found.append(executor.logits(batch, torch.arange(len(part))))
         llm.pool.release(pages)
     return torch.cat(found).float()

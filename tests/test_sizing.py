@@ -28,7 +28,7 @@ MAX_BATCH, BUCKETS = 16, (1, 4, 16)
 PAGE = 16 * 2 * 8 * 8  # bytes: slots, keys and values, width, float64
 LIMIT = 3000 * 16  # tokens of a request
 POOL = (0, 5)
-OPTIONS = {"max_batch": MAX_BATCH, "buckets": BUCKETS}
+OPTIONS = {"max_batch": MAX_BATCH, "buckets": BUCKETS, "check": False}  # what the check takes is given back
 PARAMS = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 
 
@@ -221,7 +221,7 @@ def test_a_stored_profile_takes_the_place_of_the_first_capture(card: Card, tmp_p
     with LLM(model(), **OPTIONS) as llm:
         llm.profile().save(tmp_path / "profile")
         pages, card.prepared = llm.pool.num_pages, []
-    options = {"max_batch": MAX_BATCH, "capture_profile": tmp_path / "profile"}
+    options = {"max_batch": MAX_BATCH, "capture_profile": tmp_path / "profile", "check": False}
     card.loaded = False  # as in a new process
     with LLM(model(), **options) as llm:
         assert card.prepared == [16, 4, 1] and llm.pool.num_pages == pages
@@ -239,7 +239,7 @@ def test_a_profile_of_shorter_requests_is_not_taken(card: Card, tmp_path: Path) 
     with LLM(model(), **OPTIONS, max_seq_len=64) as llm:
         llm.profile().save(tmp_path / "profile")
     card.prepared.clear()
-    with LLM(model(), max_batch=MAX_BATCH, capture_profile=tmp_path / "profile") as llm:
+    with LLM(model(), max_batch=MAX_BATCH, capture_profile=tmp_path / "profile", check=False) as llm:
         assert card.prepared == [16, 4, 1] * 2 and not wrong(llm)
 
 
@@ -247,7 +247,7 @@ def test_lazy_starts_from_a_profile_leave_room_for_the_other_buckets(card: Card,
     with LLM(model(), **OPTIONS) as llm:
         llm.profile().save(tmp_path / "profile")
         pages, card.loaded = llm.pool.num_pages, False
-    with LLM(model(), max_batch=MAX_BATCH, capture_profile=tmp_path / "profile", capture="lazy") as llm:
+    with LLM(model(), max_batch=MAX_BATCH, capture_profile=tmp_path / "profile", capture="lazy", check=False) as llm:
         assert [capture.bucket for capture in llm._executor.runner.captures] == [16]
         assert llm.pool.num_pages == pages and not wrong(llm)
 

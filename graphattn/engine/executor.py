@@ -15,6 +15,7 @@ from ..cache import KVCache
 from ..draw import Sampled, sample, with_logprobs
 from ..errors import CaptureError, DeviceMemoryError, InvalidArgumentError
 from ..hf.binding import IMPLEMENTATION, Binding
+from ..hf.capturable import refuse_uncapturable
 from ..layer import Attention
 from ..ledger import mib, tensor_bytes
 from ..ops import active_plans
@@ -56,6 +57,8 @@ class Executor:
         max_prefill_tokens: int,
     ):
         self.binding, self.model, self.device = binding, binding.model, binding.model.device
+        if compile or (self.device.type == "cuda" and not enforce_eager):
+            refuse_uncapturable(self.model)
         self.num_layers, self.backend, self.cascade = len(binding.layers), backend, cascade
         self.is_lazy = capture == "lazy"
         self.prefill_kernel, self.max_prefill_tokens = prefill, max_prefill_tokens
@@ -164,7 +167,7 @@ class Executor:
         last = batch.qo_indptr_B1[1:][complete].long() - 1
         if not len(last):
             last = batch.qo_indptr_B1[-1:].long() - 1  # its logits are computed for nobody
-        logits_RV = self._logits(batch, last)
+        logits_RV = self.logits(batch, last)
         for chunk in chunks:
             chunk.request.computed(chunk.num_tokens)
         drawn = [chunk.request for chunk in chunks if chunk.request.num_pending == 0]
@@ -272,15 +275,16 @@ class Executor:
         pages = [NULL_PAGE] * -(-length // page_size)
         rows = ([[0] * length] * num_rows, [0] * num_rows, [[pages] * num_rows])
         batch = ragged_batch(*rows, page_size=page_size, device=self.device)
-        self._logits(batch, batch.qo_indptr_B1[1:].long() - 1)
+        self.logits(batch, batch.qo_indptr_B1[1:].long() - 1)
 
-    def _logits(self, batch: Batch, last: Tensor) -> Tensor:
+    def logits(self, batch: Batch, last: Tensor) -> Tensor:
+        """Logits after tokens `last` (int64, in host memory) of a ragged batch, `[len(last), vocabulary]`."""
         self._prefill_plan.plan(batch)
         with torch.no_grad(), active_plans(self._prefill_plan.groups):
             return self.step.logits(batch.token_ids_N, batch.positions_N, self._upload(last))
 
     def _read_addresses(self) -> list[int]:
-        return [tensors[name].data_ptr() for tensors, name in self._weights]
+        return [address for tensors, name in self._weights for address in _addresses(tensors[name])]
 
     def _upload(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":
@@ -294,6 +298,13 @@ class Executor:
         for row, request in enumerate(requests):
             request.draw(first + row)
         return flight
+
+
+def _addresses(tensor: Tensor) -> list[int]:
+    """Where a tensor lies; of one that wraps others, as quantised weights do, where those lie."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor.data_ptr()]
+    return [address for name in tensor.__tensor_flatten__()[0] for address in _addresses(getattr(tensor, name))]
 
 
 def seated(before: list[Request], requests: Sequence[Request]) -> list[Request]:

@@ -26,7 +26,7 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str
             f"prefill     no CUDA graphs, {compiled}; {executor.about_prefill}",
             f"backend     {', '.join(planner.all_names)} on {executor.device}",
             *_cascade(planner),
-            f"layers      {executor.num_layers} x {executor.binding.spec}",
+            f"layers      {executor.num_layers} x {executor.binding.spec}{_widened(executor)}",
             f"rope        {_rope(executor)}",
             f"merged      {_merged(executor)}",
             f"linears     {_linears(step)}",
@@ -62,6 +62,13 @@ def _linears(step: ModelStep) -> str:
     if not step.num_folded:
         return "all by torch"
     return f"{step.num_folded} by a kernel of ours where rows are few, with the norms, gates and residuals beside them"
+
+
+def _widened(executor: Executor) -> str:
+    widths = executor.binding.widths
+    if widths is None:
+        return ""
+    return f"; the model's own heads are {widths[0]} wide, values {widths[1]}, the rest are zeros"
 
 
 def _merged(executor: Executor) -> str:

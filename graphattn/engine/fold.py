@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator)}
 
@@ -51,7 +52,9 @@ def fold(module: GraphModule, suits: Callable[[Tensor], bool]) -> int:
         if node.target is not F.linear or len(node.args) < 2:
             continue
         x, weight, *bias = node.args
-        if weight.op not in ("placeholder", "get_attr") or not suits(_value(weight)):
+        if weight.op not in ("placeholder", "get_attr") or is_traceable_wrapper_subclass(_value(weight)):
+            continue  # a wrapped weight is quantised or sharded, and has kernels of its own
+        if not suits(_value(weight)):
             continue
         bias = bias[0] if bias else node.kwargs.get("bias")
         found = _neighbours(node)

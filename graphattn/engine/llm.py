@@ -28,6 +28,7 @@ from .executor import Executor
 from .explain import explain
 from .profiling import profile_of, time_steps
 from .prompts import Prompt, PromptReader
+from .proof import prove
 from .request import Delta, RequestOutput
 from .scheduler import Scheduler
 from .sizing import CacheAsk, Sizing, length_limit
@@ -44,8 +45,7 @@ class LLM:
     Args:
         model: a model folder, a `.gguf` file, a name on the hub, or a loaded transformers model (eval mode).
         tokenizer: for a loaded model; without one, prompts are token ids and results have no text.
-        dtype: of the weights when loading; None for what the file holds.
-        device: where to load; None for CUDA where there is one.
+        dtype, device: of the weights when loading; None for what the file holds, and for CUDA where there is one.
         backend: "auto" (the profile's, or the fused one or else FlashInfer on CUDA, the reference elsewhere), "fused",
             "flashinfer", "reference", or "cascade", which reads pages that requests share once for all of them.
         cascade: "auto" captures a cascade for every bucket besides, for steps where `prefixes.pays` says so; "off".
@@ -56,8 +56,7 @@ class LLM:
         max_seq_len: tokens of a request, prompt and generated; None for the model's limit, or what the pages hold.
         buckets: batch sizes to capture; None for a ladder that suits `max_batch`. `max_batch` is always added.
         page_size: tokens in a page.
-        num_pages: pages of the cache, the null page among them.
-        kv_bytes: bytes of the cache, instead of `num_pages`.
+        num_pages, kv_bytes: pages of the cache, the null page among them, or its bytes; give one of them or neither.
         memory_fraction: with neither, what the engine may take, all in all, of the memory that is free once the model
             is loaded (no more than `max_batch` requests of `max_seq_len` can use).
         on_kv_oom: where memory does not hold that cache: "raise", or "shrink" it to what is free then, with a warning.
@@ -72,11 +71,12 @@ class LLM:
         prefill: FlashInfer's kernels: "fa2", "fa3" (compiled once, in a minute or more), or "auto", which is fa3 for
             batches large enough on a Hopper GPU if its module is there.
         prefix_cache: share full pages between requests that begin alike.
+        check: run a few tokens on transformers' eager attention and on ours first, and compare every layer.
         progress: called as `progress(stage, done, total)`; stages "load", "measure" (to size the cache) and "capture".
 
     Raises:
         ModelFileError: no model at that path.
-        UnsupportedModelError: its attention does something that is not served.
+        UnsupportedModelError: its attention does something that is not served; ModelCheckError if `check` shows it.
         BackendError: no backend for it, e.g. CUDA without FlashInfer, or not the `prefill` asked for; says why.
         InvalidArgumentError: an argument is out of range.
 
@@ -114,6 +114,7 @@ class LLM:
         max_prefill_tokens: int = 8192,
         prefill: str = "auto",
         prefix_cache: bool = True,
+        check: bool = True,
         progress: Progress | None = None,
     ):
         profile = None if capture_profile is None else CaptureProfile.load(capture_profile)
@@ -125,7 +126,7 @@ class LLM:
         check_arguments(model=model, tokenizer=tokenizer, **modes, **shortages, **sizes, **others)
         progress = progress or (lambda stage, done, total: None)
         model, tokenizer = opened(model, tokenizer, dtype=dtype, device=device, progress=partial(progress, "load"))
-        binding = Binding(model, packs=True)
+        binding = Binding(model, packs=True, checks=check)
         ask = CacheAsk(num_pages=num_pages, kv_bytes=kv_bytes, memory_fraction=memory_fraction, on_kv_oom=on_kv_oom)
         with ExitStack() as undo:
             undo.callback(binding.detach)
@@ -145,6 +146,8 @@ class LLM:
             vocab_size, limit = vocab_size_of(model), length_limit(binding, max_seq_len)
             kind = {"page_size": page_size, "layout": layout, "kv_cache_dtype": kv_cache_dtype}
             sizing = Sizing.of(binding, ask, **kind, max_batch=max_batch, limit=limit)
+            if check:
+                prove(binding, sizing.smallest, self._executor.backend, prefill=prefill)
             if profile is not None:
                 profile.check(**origin(model, sizing.smallest))
             if (scales := scales_for(kv_scales, sizing.smallest)) is not None:
@@ -297,15 +300,13 @@ class LLM:
         the one before, on the device: scheduling and text are left out. Three steps before are not counted.
 
         Args:
-            num_rows: rows; they run at the bucket that holds them.
-            context: tokens of each row in the first step; it grows by one a step.
+            num_rows, context: how many rows, at the bucket that holds them, and of how many tokens at first.
             num_steps: how many.
             eager: without CUDA graphs, the plain call at the same bucket.
 
         Raises:
             InvalidArgumentError: the engine has requests, an argument is out of range, or rows grow past `max_seq_len`.
-            BucketError: no bucket holds the rows.
-            OutOfPagesError: the cache does not hold them.
+            BucketError, OutOfPagesError: no bucket holds the rows, or not the cache.
         """
         self._check_open()
         if self.has_work:
@@ -336,8 +337,7 @@ class LLM:
         finally:
             self._finalizer()
         if self._record_batches is not None:
-            steps = self._executor.runner.rows
-            Traffic(max_batch=self._scheduler.max_batch, steps=steps).save(self._record_batches)
+            Traffic(max_batch=self._scheduler.max_batch, steps=self._executor.runner.rows).save(self._record_batches)
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:

@@ -18,12 +18,18 @@ from ..layer import Attention
 from ..ops import active_plans
 from ..plan import Planner, StepPlan
 from .binding import IMPLEMENTATION, Binding
+from .oracle import Tokens
 from .paged_cache import PagedCache
 from .pool import GrowingPool
 
 
 def attach(
-    model: PreTrainedModel, *, backend: str = "auto", page_size: int = 16, num_pages: int | None = None
+    model: PreTrainedModel,
+    *,
+    backend: str = "auto",
+    page_size: int = 16,
+    num_pages: int | None = None,
+    check: bool = True,
 ) -> Attachment:
     """Puts graphattn's attention under a loaded model, this instance only.
 
@@ -35,19 +41,21 @@ def attach(
         backend: "auto" (FlashInfer on CUDA, the reference elsewhere), "flashinfer" or "reference".
         page_size: tokens in a page.
         num_pages: pages at most, one of them reserved; None grows with use.
+        check: run a few tokens on transformers' eager attention and on ours, and compare every layer.
 
     Returns:
         A handle; `.detach()` restores the model exactly, and so does leaving it as a context manager.
 
     Raises:
         UnsupportedModelError: the model's attention does something this layer does not serve.
+        ModelCheckError: it does not compute what transformers' eager attention does; names the first layer.
         BackendError: the backend cannot serve the model's heads on its device.
 
     Example:
         >>> with graphattn.hf.attach(model):
         ...     model.generate(**tokenizer("The sky is", return_tensors="pt"))
     """
-    return Attachment(model, backend=backend, page_size=page_size, num_pages=num_pages)
+    return Attachment(model, backend=backend, page_size=page_size, num_pages=num_pages, check=check)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -75,9 +83,9 @@ class Attachment:
         pages: who holds which page: `pages.num_used` is 0 when no cache is left.
     """
 
-    def __init__(self, model: PreTrainedModel, *, backend: str, page_size: int, num_pages: int | None):
+    def __init__(self, model: PreTrainedModel, *, backend: str, page_size: int, num_pages: int | None, check: bool):
         self.model = model
-        self._binding = Binding(model, packs=False)
+        self._binding = Binding(model, packs=False, checks=check)
         self._calls = _CallLock()
         try:
             self._pool: GrowingPool | None = GrowingPool(self._binding, page_size=page_size, num_pages=num_pages)
@@ -93,6 +101,12 @@ class Attachment:
         self._signature = inspect.signature(model.forward)
         # generate reads the signature. A partial, unlike a function, lets a deep copy of the model have its own pages.
         model.forward = functools.update_wrapper(functools.partial(self._forward_on_pages), model.forward)
+        if check:
+            try:
+                self._check()
+            except BaseException:
+                self.detach()
+                raise
 
     @property
     def layers(self) -> list[Attention]:
@@ -120,6 +134,28 @@ class Attachment:
     def __repr__(self) -> str:
         state = f"{len(self.layers)} layers, {self.backend}, {self._binding.spec}" if self._pool else "detached"
         return f"Attachment({type(self.model).__name__}, {state})"
+
+    def _check(self) -> None:
+        """Runs the oracle's rows, padded on the left, and a token more of each; raises ModelCheckError."""
+        oracle = self._binding.oracle
+        ids, past, longest = oracle.ids, None, max(oracle.prompts)
+        mask = torch.tensor([[0] * (longest - length) + [1] * length for length in oracle.prompts], device=ids.device)
+        rows, columns = mask.nonzero(as_tuple=True)
+        columns = columns - (longest - torch.tensor(oracle.prompts, device=ids.device))[rows]
+        prompt = torch.zeros_like(ids[:, :longest])
+        prompt[mask.bool()] = ids[rows, columns]
+        rows_B, ends_B = torch.arange(len(ids), device=ids.device), torch.tensor(oracle.prompts, device=ids.device)
+        for step, tokens in (
+            (prompt, Tokens(rows, columns, mask.flatten().nonzero().flatten())),
+            (ids[rows_B, ends_B][:, None], Tokens(rows_B, ends_B, rows_B)),
+        ):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
+            options = {"position_ids": positions, "attention_mask": mask, "past_key_values": past, "use_cache": True}
+            with torch.no_grad(), oracle.compared(self.layers, tokens):
+                out = self.model(input_ids=step, **options)
+            oracle.check_logits(out.logits.flatten(0, 1)[tokens.places], tokens)
+            past, mask = out.past_key_values, torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+        self._binding.oracle = None  # its tensors are for nothing else
 
     def _forward_on_pages(self, *args, **kwargs):
         """The model's forward, its rows in pages and under a plan; one call at a time, whatever the thread."""

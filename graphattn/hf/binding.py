@@ -12,7 +12,9 @@ from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..layer import Attention
 from ..rope import LengthRule, Rotary
 from ..scales import KVScales
+from .load import max_positions
 from .merge import MergedProjections
+from .oracle import EAGER, Oracle
 from .probe import (
     IMPLEMENTATION,
     PROBE,
@@ -21,8 +23,10 @@ from .probe import (
     refuse_config,
     refuse_positions_by_place,
     shared_spec,
+    takes_positions_by_place,
 )
 from .rotary import RotaryTakeover
+from .widths import widened
 
 LAYER = "graphattn"  # name of the submodule that each attention module gets
 
@@ -40,8 +44,9 @@ def _attention(module, query, key, value, attention_mask, **arguments):
             f"{type(module).__name__} has attn_implementation={IMPLEMENTATION!r} and was not attached (part of a model "
             "that is, or built from its config): attach it, or set another implementation"
         )
-    packed = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-    out = layer(*packed)
+    width = layer.spec.head_dim
+    packed = (widened(tensor.transpose(1, 2).flatten(0, 1), width) for tensor in (query, key, value))
+    out = layer(*packed)[..., : value.shape[3]]
     return out.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
@@ -59,18 +64,21 @@ class Binding:
         model: a decoder of transformers, in eval mode.
         packs: whether tokens of several requests will share a row, at positions that are those of their slots. Then
             the layers also take over norm and rotation, and projections of one input are merged.
+        checks: whether to record what transformers' eager attention computes, to be compared with.
 
     Attributes:
         model: the model.
         layers: the `Attention` layers by layer index.
         spec: what each of them computes.
         rotary, merged: what was taken over and merged; None unless it packs.
+        widths: of the model's own heads, of queries and of values, where our layers have wider ones; else None.
+        oracle: what was recorded, until it was compared with; None unless it checks.
 
     Raises:
         UnsupportedModelError: the model's attention does something this layer does not serve; names it.
     """
 
-    def __init__(self, model: PreTrainedModel, *, packs: bool):
+    def __init__(self, model: PreTrainedModel, *, packs: bool, checks: bool = False):
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedModelError(f"{type(model).__name__} is no transformers PreTrainedModel")
         if any(hasattr(module, LAYER) for module in model.modules()):
@@ -82,19 +90,28 @@ class Binding:
         self.model = model
         self.rotary: RotaryTakeover | None = None
         self.merged: MergedProjections | None = None
+        self.oracle: Oracle | None = None
         self._configs = _private_configs(model)
         self._modules: list[nn.Module] = []
         try:
             self._implement(PROBE)
             calls = probe(model)
             self.spec = shared_spec(model, calls)
+            widths = (calls[0].query.shape[3], calls[0].value.shape[3])
+            self.widths = None if set(widths) == {self.spec.head_dim} else widths
             rotaries: list[Rotary | None] = [None] * len(calls)
             if packs:
                 self._implement(PROBE_UNMASKED)
                 refuse_positions_by_place(model)
                 self.rotary = RotaryTakeover(model, [call.module for call in calls])
-                self.merged = MergedProjections(model)
                 rotaries = self.rotary.rotaries
+            if checks:
+                self._implement(PROBE_UNMASKED)
+                is_ragged = packs or not takes_positions_by_place(model)
+                self._implement(EAGER)
+                self.oracle = Oracle(model, [call.module for call in calls], self._longest_alike, is_ragged=is_ragged)
+            if packs:
+                self.merged = MergedProjections(model)
             for call, rotary in zip(calls, rotaries, strict=True):
                 self._add_layer(call.module, rotary)
             self._implement(IMPLEMENTATION)
@@ -106,6 +123,12 @@ class Binding:
     def length_rule(self) -> LengthRule | None:
         """How the model's rotary frequencies depend on a request's length; None if they do not."""
         return None if self.rotary is None else self.rotary.length_rule
+
+    @property
+    def _longest_alike(self) -> int | None:
+        """Tokens of a row up to which its length changes no frequencies; None for no limit."""
+        limits = (max_positions(self.model), self.length_rule and self.length_rule.threshold)
+        return min((limit for limit in limits if limit), default=None)
 
     @property
     def layers(self) -> list[Attention]:

@@ -56,7 +56,7 @@ def calibrate(
         raise InvalidArgumentError("dtype and device are for loading; this model is loaded: use model.to(...)")
     limit = max_positions(model)
     rows = [_ids(at, prompt, tokenizer, limit) for at, prompt in enumerate(prompts)]
-    with attach(model) as attached:
+    with attach(model, check=False) as attached:
         largest = [_Largest(layer.spec.num_kv_heads, model.device) for layer in attached.layers]
         hooks = [layer.register_forward_pre_hook(each) for layer, each in zip(attached.layers, largest, strict=True)]
         try:

@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError
 from ..spec import AttentionSpec
+from .widths import served_width
 
 # The attention implementations under which a model must be to be probed, with masks and without.
 PROBE, PROBE_UNMASKED = "graphattn_probe", "graphattn_probe_unmasked"
@@ -27,6 +28,7 @@ UNSERVED_ARGUMENTS = {
     "block_indices": "sparse attention blocks",
 }
 SERVED_LAYER_TYPES = ("full_attention", "sliding_attention")
+OWN_CONFIGS = {"text_config", "attn_config", "ffn_config"}  # inside a config, of the decoder itself
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types
 FARTHEST = 1 << 20  # positions up to which a layer's mask is read
 
@@ -76,7 +78,7 @@ def refuse_config(model: PreTrainedModel, *, packs: bool) -> None:
         raise UnsupportedModelError(f"{name} is in training mode: call model.eval() first")
     if model.config.is_encoder_decoder or config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise UnsupportedModelError(f"{name} attends to an encoder: only decoders are served")
-    if parts := sorted(set(model.config.sub_configs) - {"text_config"}):
+    if parts := sorted(set(model.config.sub_configs) - OWN_CONFIGS):
         raise UnsupportedModelError(
             f"{name} has parts besides its decoder ({', '.join(parts)}), whose masks would be lost: attach its "
             "language model alone"
@@ -100,15 +102,21 @@ def length_dependent(model: PreTrainedModel) -> str | None:
     return next((kind for kind in kinds if kind in LENGTH_DEPENDENT), None)
 
 
-def refuse_positions_by_place(model: PreTrainedModel) -> None:
-    """Raises UnsupportedModelError for a model, under `PROBE_UNMASKED`, that takes a position from a token's place.
+def takes_positions_by_place(model: PreTrainedModel) -> bool:
+    """Whether a model, under `PROBE_UNMASKED`, takes a position from a token's place in the row.
 
-    Tokens of several requests are packed into one row, so positions must come from `position_ids` alone: the same token
-    twice at one position must give the same queries, keys and values.
+    Where it takes them from `position_ids` alone, the same token twice at one position gives the same queries, keys and
+    values.
     """
     scaled = getattr(model.config.get_text_config(), "attn_temperature_tuning", False)
     tensors = [each for call in probe(model, positions=(3, 3)) for each in (call.query, call.key, call.value)]
-    if scaled or not all(torch.allclose(each[:, :, 0], each[:, :, 1], rtol=0.05, atol=1e-4) for each in tensors):
+    near = {"rtol": 0.05, "atol": 1e-4, "equal_nan": True}  # of NaN in weights the comparison with eager tells
+    return scaled or not all(torch.allclose(each[:, :, 0], each[:, :, 1], **near) for each in tensors)
+
+
+def refuse_positions_by_place(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError for such a model: tokens of several requests are to be packed into one row."""
+    if takes_positions_by_place(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} takes positions from a token's place in the row and not from position_ids, so "
             "requests cannot share a step; graphattn.hf.attach(model) may serve it"
@@ -175,10 +183,6 @@ def _spec(layer: str, model: PreTrainedModel, call: Call) -> AttentionSpec:
     if arguments.get("is_causal") is False or getattr(call.module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{layer} is not causal, which is not served")
     head_dim, v_dim, device = call.query.shape[3], call.value.shape[3], call.query.device
-    if v_dim != head_dim:
-        raise UnsupportedModelError(
-            f"{layer} has values of width {v_dim} under keys of width {head_dim}, which is not served"
-        )
     if device != model.device:
         raise UnsupportedModelError(
             f"{layer} is on {device}, the model on {model.device}: a model over several devices is not served"
@@ -191,8 +195,8 @@ def _spec(layer: str, model: PreTrainedModel, call: Call) -> AttentionSpec:
     return AttentionSpec(
         num_heads=call.query.shape[1],
         num_kv_heads=call.key.shape[1],
-        head_dim=head_dim,
-        scale=arguments.get("scaling"),
+        head_dim=served_width(head_dim, v_dim, device),
+        scale=arguments.get("scaling") or head_dim**-0.5,
         window=window,
         softcap=arguments.get("softcap"),
     )

@@ -16,6 +16,7 @@ from ..rope import LengthRule, Rotary
 from .frequencies import frequencies, length_rule
 from .load import max_positions
 from .probe import IMPLEMENTATIONS, Call, length_dependent, probe
+from .widths import served_width
 
 ROTATE = "apply_rotary_pos_emb"  # what nearly every modeling file of transformers calls its rotation
 NORMS = ("q_norm", "k_norm")
@@ -100,7 +101,7 @@ class RotaryTakeover:
         if not all(tensor.any() for call in before for tensor in (call.query, call.key)):
             return "queries or keys are zero, so nothing can be told of them"
         for call in before:
-            if reason := self._patch(call.module):
+            if reason := self._patch(call.module, takes_norms=not _is_widened(call)):
                 return reason
         if self.length_rule is not None:
             self._put(embedding, _no_angles)
@@ -118,7 +119,7 @@ class RotaryTakeover:
                 return f"layer {layer} norms or rotates in a way of its own"
         return None
 
-    def _patch(self, module: nn.Module) -> str | None:
+    def _patch(self, module: nn.Module, *, takes_norms: bool) -> str | None:
         kind, forward = type(module), inspect.unwrap(type(module).forward)
         if "forward" in vars(module) or ROTATE not in forward.__code__.co_names or ROTATE not in forward.__globals__:
             return f"{kind.__name__} does not call {ROTATE}"
@@ -131,7 +132,7 @@ class RotaryTakeover:
             _without_rotation[kind] = own
         self._put(module, _forward)
         norms = [getattr(module, name, None) for name in NORMS]
-        if all(_is_head_norm(norm, getattr(module, "head_dim", None)) for norm in norms):
+        if takes_norms and all(_is_head_norm(norm, getattr(module, "head_dim", None)) for norm in norms):
             if any(norm in self._patched for norm in norms) or norms[0] is norms[1]:
                 return f"{kind.__name__} shares its norms"
             for norm in norms:
@@ -193,6 +194,12 @@ def _is_head_norm(norm: nn.Module | None, head_dim: int | None) -> bool:
     weight = getattr(norm, "weight", None)
     is_plain = norm is not None and "forward" not in vars(norm) and not (norm._forward_hooks or norm._forward_pre_hooks)
     return is_plain and isinstance(weight, Tensor) and weight.shape == (head_dim,) and hasattr(norm, "variance_epsilon")
+
+
+def _is_widened(call: Call) -> bool:
+    """Whether our layer has wider heads, over which no mean can be taken."""
+    head_dim = call.query.shape[3]
+    return served_width(head_dim, call.value.shape[3], call.query.device) != head_dim
 
 
 def _packed(x_1HND: Tensor) -> Tensor:

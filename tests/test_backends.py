@@ -292,7 +292,7 @@ def test_flashinfer_plan_that_is_interrupted_is_made_again(monkeypatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("has_norm", [False, True], ids=["rotated", "normed and rotated"])
 @pytest.mark.parametrize("by_length", [False, True], ids=["", "by length"])
-@pytest.mark.parametrize(("head_dim", "turned"), [(64, 64), (256, 256), (64, 16), (128, 96)])
+@pytest.mark.parametrize(("head_dim", "turned"), [(64, 64), (256, 256), (64, 16), (128, 80), (128, 96)])
 def test_norm_and_rotation_before_prefill(head_dim: int, turned: int, by_length: bool, has_norm: bool) -> None:
     """Strided rows of a merged projection, head counts that are no power of two, positions up to a million."""
     from graphattn.kernels.rotate import rotate

@@ -240,15 +240,15 @@ def test_tables_are_checked_against_another_cache() -> None:
     """Also those that were sent before, and pages that were not needed then."""
     state = StepState(max_batch=2, max_seq_len=16, page_size=4, groups=[SPEC], device="cpu")
     tables = [[[1, 9]]]
-    state.stage(1, [0], [3], tables, num_pages=8)
+    state.stage(1, [0], [3], tables, num_pages=[8])
     with pytest.raises(InvalidArgumentError, match="hold pages 9 to 9, the cache has pages 0 to 7"):
-        state.stage(1, [0], [5], tables, num_pages=8)
+        state.stage(1, [0], [5], tables, num_pages=[8])
     state.stage(1, [0], [5], tables)
     with pytest.raises(InvalidArgumentError, match="hold pages 1 to 9, the cache has pages 0 to 7"):
-        state.stage(1, [0], [5], tables, num_pages=8)
-    state.stage(1, [0], [4], tables, num_pages=8)
+        state.stage(1, [0], [5], tables, num_pages=[8])
+    state.stage(1, [0], [4], tables, num_pages=[8])
     with pytest.raises(InvalidArgumentError, match="hold pages 9 to 9"):
-        state.stage(1, [0], [5], tables, num_pages=8)
+        state.stage(1, [0], [5], tables, num_pages=[8])
 
 
 def test_a_batch_keeps_its_own_host_numbers() -> None:

@@ -12,7 +12,6 @@ from ..batch import Batch
 from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
-from ..variants import Variant
 
 PREFILL_KERNELS = ("auto", "fa2", "fa3")  # "auto" is what suits each batch
 
@@ -24,11 +23,11 @@ class Plan(Protocol):
 
     Attributes:
         page_shape: what it takes the pages of a cache to be, `CacheSpec.page_shape`.
-        variant: that of the layer group.
+        spec: the layer group.
     """
 
     page_shape: tuple[int, int, int]
-    variant: Variant | None
+    spec: AttentionSpec
 
     @property
     def signature(self) -> tuple:

@@ -61,6 +61,7 @@ class Executor:
         self.prefill_kernel, self.max_prefill_tokens = prefill, max_prefill_tokens
         self._options = {"enforce_eager": enforce_eager, "capture": capture, "on_capture_oom": on_capture_oom}
         self.runner: DecodeRunner | None = None
+        self.caches: list[KVCache] = []  # by layer group
         self.enforce_eager, self.shortage = enforce_eager, None
         self.forecast: Forecast | None = None  # what the start was to take,
         self.growth: dict[str, int] = {}  # and what it took, of that `kernel_bytes` outside torch and graphs
@@ -80,16 +81,16 @@ class Executor:
         ]
         self._addresses = self._read_addresses()
 
-    def lay_out(self, cache: CacheSpec, ladder: BucketLadder, max_seq_len: int) -> None:
-        """Makes pages, buffers, plans of prefill and a runner; the compiled step is the same for any."""
-        groups = [self.binding.spec]
-        self.planner = Planner(groups, cache, self.device, self.backend, self.cascade)
-        self.cache = KVCache(self.num_layers, self.binding.spec, cache, self.device)
-        self.binding.bind(self.cache)
+    def lay_out(self, caches: Sequence[CacheSpec], ladder: BucketLadder, max_seq_len: int) -> None:
+        """Makes pages of each layer group, buffers, plans of prefill and a runner; the compiled step is the same for
+        any."""
+        groups = self.binding.groups
+        self.planner = Planner(groups, caches, self.device, self.backend, self.cascade)
+        self.caches = self.binding.allocate(caches)
         self.state = StepState(
             max_batch=ladder.max,
             max_seq_len=max_seq_len,
-            page_size=cache.page_size,
+            page_size=self.planner.cache.page_size,
             groups=groups,
             device=self.device,
         )
@@ -109,8 +110,8 @@ class Executor:
         if self.runner is not None:
             self.runner.close()
         self.binding.unbind()
-        if "cache" in vars(self):
-            self.cache.layers.clear()  # who still holds the cache must not keep the bytes
+        for cache in self.caches:
+            cache.layers.clear()  # who still holds the cache must not keep the bytes
         for name in ("planner", "state", "_prefill_plan", "_draws"):
             vars(self).pop(name, None)
         self.step.draw, self._rows = most_likely, []
@@ -133,7 +134,7 @@ class Executor:
                 if not is_out_of_memory(error):
                     raise
                 raise DeviceMemoryError(
-                    f"a prefill of {self.max_prefill_tokens} tokens does not fit beside {mib(self.cache.num_bytes)} "
+                    f"a prefill of {self.max_prefill_tokens} tokens does not fit beside {mib(self.cache_bytes)} "
                     f"MiB of cache ({first_line(error)}): lower max_prefill_tokens, or give the cache less (kv_bytes, "
                     "num_pages or memory_fraction)"
                 ) from error
@@ -155,7 +156,7 @@ class Executor:
         batch = ragged_batch(
             [request.tokens[start:end] for request, start, end in zip(requests, starts, ends, strict=True)],
             starts,
-            [[request.table.pages for request in requests]],
+            self._tables(requests),
             page_size=self.state.page_size,
             device=self.device,
             lengths=None if rule is None else [rule.counted(len(r.prompt), r.computed_as) for r in requests],
@@ -181,7 +182,7 @@ class Executor:
             logits_BV, token_ids_B = self.runner.run(
                 [request.tokens[-1] for request in rows],
                 [len(request.tokens) for request in rows],
-                [[request.table.pages for request in rows]],
+                self._tables(rows),
                 [request.drawn_at if request.num_unread else None for request in rows],
             )
         for request in rows:
@@ -241,11 +242,16 @@ class Executor:
         """Bytes of the model's weights and buffers."""
         return tensor_bytes(tensors[name] for tensors, name in self._weights)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(cache.num_bytes for cache in self.caches)
+
     def parts(self) -> dict[str, int]:
         """Bytes in tensors by what they are for."""
         return {
             "weights": self.weight_bytes,
-            "KV pages": self.cache.num_bytes,
+            "KV pages": self.cache_bytes,
             WORKSPACES: self.planner.num_bytes,
             "step buffers": self.state.num_bytes + self._draws.num_bytes,
             "logits": self.runner.num_bytes,
@@ -270,7 +276,7 @@ class Executor:
         length = min(num_tokens, self.state.max_seq_len)
         num_rows, page_size = min(max(1, num_tokens // length), max_batch), self.state.page_size
         pages = [NULL_PAGE] * -(-length // page_size)
-        rows = ([[0] * length] * num_rows, [0] * num_rows, [[pages] * num_rows])
+        rows = ([[0] * length] * num_rows, [0] * num_rows, [[pages] * num_rows] * len(self.caches))
         batch = ragged_batch(*rows, page_size=page_size, device=self.device)
         self._logits(batch, batch.qo_indptr_B1[1:].long() - 1)
 
@@ -278,6 +284,10 @@ class Executor:
         self._prefill_plan.plan(batch)
         with torch.no_grad(), active_plans(self._prefill_plan.groups):
             return self.step.logits(batch.token_ids_N, batch.positions_N, self._upload(last))
+
+    def _tables(self, requests: Sequence[Request]) -> list[list[list[int]]]:
+        """Each group's pages of each request."""
+        return [[request.table.pages for request in requests]] * len(self.caches)
 
     def _read_addresses(self) -> list[int]:
         return [tensors[name].data_ptr() for tensors, name in self._weights]

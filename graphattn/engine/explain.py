@@ -25,7 +25,7 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str
             f"prefill     no CUDA graphs, {compiled}; {executor.about_prefill}",
             f"backend     {', '.join(planner.all_names)} on {executor.device}",
             *_cascade(planner),
-            f"layers      {executor.num_layers} x {executor.binding.spec}",
+            *_layers(executor),
             f"rope        {_rope(executor)}",
             f"merged      {_merged(executor)}",
             f"linears     {_linears(step)}",
@@ -55,6 +55,12 @@ def _cascade(planner: Planner) -> tuple[str, ...]:
     if CascadeBackend.name not in planner.all_names:
         return ()
     return (f"cascade     {planner.num_shared} steps attended once to pages that rows share",)
+
+
+def _layers(executor: Executor) -> list[str]:
+    """A line for each layer group."""
+    binding = executor.binding
+    return [f"layers      {len(binding.layers_of(group))} x {spec}" for group, spec in enumerate(binding.groups)]
 
 
 def _linears(step: ModelStep) -> str:

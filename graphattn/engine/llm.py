@@ -158,9 +158,9 @@ class LLM:
             if profile is not None:
                 profile.check(**origin(model, page_size=page_size, layout=sizing.smallest.layout))
             self._start = Start(self._executor, sizing, ladder, limit=limit, profile=profile, progress=progress)
-            cache = self._start.run(max_seq_len)
+            caches = self._start.run(max_seq_len)
             undo.pop_all()
-        self.pool = PagePool(cache.num_pages, page_size, prefix_cache=prefix_cache)
+        self.pool = PagePool(caches[0].num_pages, page_size, prefix_cache=prefix_cache)
         self.max_seq_len = self._executor.state.max_seq_len
         max_batch = self._executor.runner.ladder.max
         self.model, self.tokenizer = model, tokenizer

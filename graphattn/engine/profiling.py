@@ -50,7 +50,7 @@ def time_steps(
     try:
         for table in tables:
             table.grow(last)
-        pages = [[table.pages for table in tables]]
+        pages = [[table.pages for table in tables]] * len(executor.caches)
         executor.check_model()
         executor.draw_greedily(num_rows)
         for done in range(WARM_STEPS + num_steps):

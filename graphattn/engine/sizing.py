@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -56,15 +56,13 @@ class Sizing:
     Attributes:
         ask: what was asked for.
         smallest: a cache of 2 pages.
-        spec: of a layer.
-        num_layers: how many.
+        groups: the layer groups, and how many layers each has.
         max_pages: more than requests can ever use; None where they have no limit.
     """
 
     ask: CacheAsk
     smallest: CacheSpec
-    spec: AttentionSpec
-    num_layers: int
+    groups: tuple[tuple[AttentionSpec, int], ...]
     max_pages: int | None
 
     @classmethod
@@ -94,15 +92,22 @@ class Sizing:
         return cls(
             ask=ask,
             smallest=CacheSpec(num_pages=2, page_size=page_size, dtype=dtype, layout=layout),
-            spec=binding.spec,
-            num_layers=len(binding.layers),
+            groups=tuple((spec, len(binding.layers_of(at))) for at, spec in enumerate(binding.groups)),
             max_pages=None if limit is None else 1 + max_batch * -(-limit // page_size),
         )
 
     @property
     def page_bytes(self) -> int:
         """Of a page in all layers."""
-        return self.num_layers * self.smallest.page_bytes(self.spec)
+        return sum(num_layers * self.smallest.page_bytes(spec) for spec, num_layers in self.groups)
+
+    def bytes_of(self, num_pages: int) -> int:
+        """Of so many pages."""
+        return num_pages * self.page_bytes
+
+    def caches(self, num_pages: int) -> list[CacheSpec]:
+        """That of each layer group."""
+        return [replace(self.smallest, num_pages=num_pages)] * len(self.groups)
 
     def is_plenty(self, free: int) -> bool:
         """Whether all that requests can use is half of what may be taken, or less: what else a start takes will do with
@@ -140,7 +145,7 @@ class Sizing:
             free=now.meters.free,
             memory_fraction=self.ask.memory_fraction,
             reserve=reserve,
-            num_tensors=2 * self.num_layers if now.meters.source == "driver" else None,
+            num_tensors=2 * sum(num_layers for _, num_layers in self.groups) if now.meters.source == "driver" else None,
         )
         return pages if self.max_pages is None else min(pages, self.max_pages)
 

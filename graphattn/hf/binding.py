@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 from torch import nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
@@ -11,15 +12,16 @@ from ..cache import KVCache
 from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..layer import Attention
 from ..rope import LengthRule, Rotary
+from ..spec import AttentionSpec, CacheSpec
 from .merge import MergedProjections
 from .probe import (
     IMPLEMENTATION,
     PROBE,
     PROBE_UNMASKED,
+    layer_specs,
     probe,
     refuse_config,
     refuse_positions_by_place,
-    shared_spec,
 )
 from .rotary import RotaryTakeover
 
@@ -62,7 +64,7 @@ class Binding:
     Attributes:
         model: the model.
         layers: the `Attention` layers by layer index.
-        spec: what each of them computes.
+        groups: what layers compute, in the order in which the first layer of each does; `layer.group` counts them.
         rotary, merged: what was taken over and merged; None unless it packs.
 
     Raises:
@@ -86,7 +88,8 @@ class Binding:
         try:
             self._implement(PROBE)
             calls = probe(model)
-            self.spec = shared_spec(model, calls)
+            specs = layer_specs(model, calls)
+            self.groups = tuple(dict.fromkeys(specs))
             rotaries: list[Rotary | None] = [None] * len(calls)
             if packs:
                 self._implement(PROBE_UNMASKED)
@@ -94,8 +97,8 @@ class Binding:
                 self.rotary = RotaryTakeover(model, [call.module for call in calls])
                 self.merged = MergedProjections(model)
                 rotaries = self.rotary.rotaries
-            for call, rotary in zip(calls, rotaries, strict=True):
-                self._add_layer(call.module, rotary)
+            for call, spec, rotary in zip(calls, specs, rotaries, strict=True):
+                self._add_layer(call.module, spec, rotary)
             self._implement(IMPLEMENTATION)
         except BaseException:
             self.detach()
@@ -110,10 +113,21 @@ class Binding:
     def layers(self) -> list[Attention]:
         return [getattr(module, LAYER) for module in self._modules]
 
-    def bind(self, cache: KVCache) -> None:
-        """Gives every layer its pages."""
-        for layer, pages in zip(self.layers, cache.layers, strict=True):
-            layer.bind(*pages)
+    def layers_of(self, group: int) -> list[Attention]:
+        """The layers of a group, in order."""
+        return [layer for layer in self.layers if layer.group == group]
+
+    def allocate(self, caches: Sequence[CacheSpec]) -> list[KVCache]:
+        """A cache for the layers of each group, of which every layer is given its pages."""
+        device = self.model.device
+        made = [
+            KVCache(len(self.layers_of(group)), spec, cache, device)
+            for group, (spec, cache) in enumerate(zip(self.groups, caches, strict=True))
+        ]
+        for group, cache in enumerate(made):
+            for layer, pages in zip(self.layers_of(group), cache.layers, strict=True):
+                layer.bind(*pages)
+        return made
 
     def unbind(self) -> None:
         """Has every layer let go of its pages."""
@@ -138,10 +152,10 @@ class Binding:
         if self.merged is not None:
             self.merged.detach()
 
-    def _add_layer(self, module: nn.Module, rotary: Rotary | None) -> None:
-        spec = self.spec
-        options = {"window": spec.window, "softcap": spec.softcap, "rotary": rotary}
-        layer = Attention(spec.num_heads, spec.head_dim, spec.scale, spec.num_kv_heads, **options)
+    def _add_layer(self, module: nn.Module, spec: AttentionSpec, rotary: Rotary | None) -> None:
+        options = {"window": spec.window, "softcap": spec.softcap, "variant": spec.variant, "rotary": rotary}
+        group, sizes = self.groups.index(spec), (spec.num_heads, spec.head_dim, spec.scale, spec.num_kv_heads)
+        layer = Attention(*sizes, group=group, **options)
         module.add_module(LAYER, layer)
         self._modules.append(module)
 

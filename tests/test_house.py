@@ -36,6 +36,8 @@ ORDER = (
     "choice",
     "spans",
     "pages",
+    "window_table",
+    "groups",
     "prefixes",
     "cache",
     "batch",

@@ -14,11 +14,12 @@ from ..buckets import BucketLadder
 from ..cache import KVCache
 from ..draw import Sampled, sample, with_logprobs
 from ..errors import CaptureError, DeviceMemoryError, InvalidArgumentError
+from ..groups import GroupPools
 from ..hf.binding import IMPLEMENTATION, Binding
 from ..layer import Attention
 from ..ledger import mib, tensor_bytes
 from ..ops import active_plans
-from ..pages import NULL_PAGE
+from ..pages import NULL_PAGE, PagePool
 from ..plan import Planner
 from ..runner import DecodeRunner
 from ..sampling import Ask, RowSampling, SamplingParams
@@ -26,7 +27,7 @@ from ..shortage import first_line, is_out_of_memory
 from ..spans import BackendTable
 from ..spec import CacheSpec
 from ..state import StepState
-from .accounts import WORKSPACES
+from .accounts import WORKSPACES, page_lines
 from .arguments import vocab_size_of
 from .draws import RowDraws
 from .flight import Flight
@@ -104,6 +105,11 @@ class Executor:
         self.runner = DecodeRunner(self.step, self.state, self.planner, ladder=ladder, **self._options)
         longest = min(self.max_prefill_tokens, ladder.max * max_seq_len)
         self._prefill_plan = self.planner.prefill(self.prefill_kernel, longest)
+
+    def pools(self, *, prefix_cache: bool) -> GroupPools:
+        """New books of who holds which page of each layer group."""
+        pools = [PagePool(cache.num_pages, cache.page_size, prefix_cache=prefix_cache) for cache in self.planner.caches]
+        return GroupPools(pools, [spec.window for spec in self.planner.groups])
 
     def release(self) -> None:
         """Frees graphs, pages and buffers, to the last byte for others; `lay_out` makes new ones."""
@@ -251,7 +257,7 @@ class Executor:
         """Bytes in tensors by what they are for."""
         return {
             "weights": self.weight_bytes,
-            "KV pages": self.cache_bytes,
+            **page_lines(self.caches),
             WORKSPACES: self.planner.num_bytes,
             "step buffers": self.state.num_bytes + self._draws.num_bytes,
             "logits": self.runner.num_bytes,
@@ -287,7 +293,7 @@ class Executor:
 
     def _tables(self, requests: Sequence[Request]) -> list[list[list[int]]]:
         """Each group's pages of each request."""
-        return [[request.table.pages for request in requests]] * len(self.caches)
+        return [list(tables) for tables in zip(*(request.pages.pages for request in requests), strict=True)]
 
     def _read_addresses(self) -> list[int]:
         return [tensors[name].data_ptr() for tensors, name in self._weights]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..backends.cascade import CascadeBackend
+from ..groups import GroupPools
 from ..plan import Planner
 from .executor import Executor
 from .scheduler import Scheduler
@@ -11,7 +12,7 @@ from .step import ModelStep
 
 def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str) -> str:
     """Mode, backend, rope, ladder, pages, `how` they were sized, and how steps have run; a line each."""
-    run, step, planner, pool = executor.runner, executor.step, executor.planner, scheduler.pool
+    run, step, planner, pools = executor.runner, executor.step, executor.planner, scheduler.pools
     counts = run.counts
     buckets = ", ".join(
         _bucket(executor, bucket, backend) for bucket in run.ladder for backend in planner.names(bucket)
@@ -30,12 +31,11 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str
             f"merged      {_merged(executor)}",
             f"linears     {_linears(step)}",
             f"buckets     {buckets}; {run.ladder.waste(run.rows):.0%} of the rows computed were padding",
-            f"pages       {pool.num_usable} of {pool.page_size} tokens ({planner.cache.layout}), {pool.num_used} in "
-            f"use, {pool.num_cached} cached; max_seq_len {max_seq_len}",
+            *_pages(pools, planner.cache.layout, max_seq_len),
             f"memory      {how}",
             *(() if shortage is None else (f"left out    {shortage}",)),
             f"steps       {counts['replay']} replayed, {counts['eager']} eager, {counts['guard']} stopped by the plan "
-            f"guard; {scheduler.num_preemptions} preemptions, {pool.num_hits} tokens from the prefix cache",
+            f"guard; {scheduler.num_preemptions} preemptions, {pools.pools[0].num_hits} tokens from the prefix cache",
         )
     )
 
@@ -61,6 +61,16 @@ def _layers(executor: Executor) -> list[str]:
     """A line for each layer group."""
     binding = executor.binding
     return [f"layers      {len(binding.layers_of(group))} x {spec}" for group, spec in enumerate(binding.groups)]
+
+
+def _pages(pools: GroupPools, layout: str, max_seq_len: int) -> list[str]:
+    """A line for each layer group."""
+    return [
+        f"pages       {pool.num_usable} of {pool.page_size} tokens ({layout}), {pool.num_used} in use, "
+        f"{pool.num_cached} cached; "
+        + (f"max_seq_len {max_seq_len}" if window is None else f"given back behind a window of {window}")
+        for pool, window in zip(pools.pools, pools.windows, strict=True)
+    ]
 
 
 def _linears(step: ModelStep) -> str:

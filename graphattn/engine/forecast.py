@@ -10,7 +10,7 @@ from ..cache import KVCache
 from ..ledger import CACHE, Ledger
 from ..memory import SEGMENT, SMALL
 from ..profile import CaptureProfile, StartCosts
-from .accounts import KERNELS, WORKSPACES
+from .accounts import KERNELS, WORKSPACES, page_lines
 
 SPLIT = 1 << 20  # bytes: of what is left of a segment, torch gives more than that to others
 
@@ -48,7 +48,7 @@ class Forecast:
         """For a ledger as it was before the start, the caches, and what else a start takes if that is known."""
         cache_bytes = sum(cache.num_bytes for cache in caches)
         before = {line.name: line.bytes for line in base.lines}
-        lines = {"weights": before["weights"], "KV pages": cache_bytes}
+        lines = {"weights": before["weights"], **page_lines(caches)}
         if costs is None:
             return cls(lines=lines)
         lines |= {name: before.get(name, 0) + grown for name, grown in costs.growth.items()}

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..errors import InvalidArgumentError
 from ..hf.binding import Binding
 from ..ledger import Ledger
-from ..pages import PagePool
 from ..profile import CaptureProfile, origin
 from ..sampling import SamplingParams
 from ..spans import StepTime
@@ -55,7 +54,7 @@ class LLM:
         max_seq_len: tokens of a request, prompt and generated; None for the model's limit, or what the pages hold.
         buckets: batch sizes to capture; None for a ladder that suits `max_batch`. `max_batch` is always added.
         page_size: tokens in a page.
-        num_pages: pages of the cache, the null page among them.
+        num_pages: pages of each layer group, the null page among them; of one with a window no more than it can use.
         kv_bytes: bytes of the cache, instead of `num_pages`.
         memory_fraction: with neither, what the engine may take, all in all, of the memory that is free once the model
             is loaded (no more than `max_batch` requests of `max_seq_len` can use).
@@ -154,22 +153,23 @@ class LLM:
             undo.callback(self._executor.close)
             vocab_size, limit = vocab_size_of(model), length_limit(binding, max_seq_len)
             kind = {"page_size": page_size, "layout": layout, "kv_dtype": kv_dtype}
-            sizing = Sizing.of(binding, ask, **kind, max_batch=max_batch, limit=limit)
+            sizing = Sizing.of(binding, ask, **kind, max_batch=max_batch, num_new=max_prefill_tokens, limit=limit)
             if profile is not None:
                 profile.check(**origin(model, page_size=page_size, layout=sizing.smallest.layout))
             self._start = Start(self._executor, sizing, ladder, limit=limit, profile=profile, progress=progress)
-            caches = self._start.run(max_seq_len)
+            self._start.run(max_seq_len)
             undo.pop_all()
-        self.pool = PagePool(caches[0].num_pages, page_size, prefix_cache=prefix_cache)
-        self.max_seq_len = self._executor.state.max_seq_len
-        max_batch = self._executor.runner.ladder.max
+        self.pools = self._executor.pools(prefix_cache=prefix_cache)
+        self.pool = self.pools.pools[0]
+        self.max_seq_len, max_batch = self._executor.state.max_seq_len, self._executor.runner.ladder.max
         self.model, self.tokenizer = model, tokenizer
         # An LLM that is dropped without close() must not leave the model attached, with nobody left to detach it.
         self._finalizer = weakref.finalize(self, self._executor.close)
         self._finalizer.atexit = False
-        self._prompts = PromptReader(tokenizer, vocab_size=vocab_size, limit=limit, pool=self.pool)
+        sizes = {"vocab_size": vocab_size, "limit": limit, "num_new": max_prefill_tokens}
+        self._prompts = PromptReader(tokenizer, self.pools, **sizes)
         limits = {"max_batch": max_batch, "max_prefill_tokens": max_prefill_tokens, "length_rule": binding.length_rule}
-        self._scheduler = Scheduler(self.pool, **limits)
+        self._scheduler = Scheduler(self.pools, **limits)
         self._engine = Engine(
             self._executor,
             self._scheduler,
@@ -278,7 +278,7 @@ class LLM:
             self._executor.load_weights(weights)
         finally:
             self._scheduler.preempt(self._scheduler.running)
-            self.pool.clear_prefixes()
+            self.pools.clear_prefixes()
 
     def explain(self) -> str:
         """What is in force: mode, backend, rope, ladder, pages, and how steps have run."""
@@ -310,7 +310,7 @@ class LLM:
         self._check_open()
         if self.has_work:
             raise InvalidArgumentError("time_steps runs alone, and there are requests: finish or abort them first")
-        return time_steps(self._executor, self.pool, num_rows, context, num_steps=num_steps, eager=eager)
+        return time_steps(self._executor, self.pools, num_rows, context, num_steps=num_steps, eager=eager)
 
     def profile(
         self, step_times: Mapping[int, Sequence[StepTime]] | None = None, ladder: Sequence[int] | None = None

@@ -13,11 +13,10 @@ from ..errors import DeviceMemoryError
 from ..ledger import CACHE, Ledger, mib
 from ..profile import CaptureProfile, StartCosts
 from ..shortage import first_line, is_out_of_memory
-from ..spec import CacheSpec
 from .accounts import KERNELS, base_ledger, growth
 from .executor import Executor
 from .forecast import Costs, Forecast, stored_costs, unused_bytes
-from .sizing import Sizing, check_room
+from .sizing import Sizing, check_room, room
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,8 +51,8 @@ class Start:
         self.how = ""
         self._unused = 0  # bytes that torch had and nothing held before the start
 
-    def run(self, max_seq_len: int | None) -> tuple[CacheSpec, ...]:
-        """Sizes the cache, allocates it and captures; returns that of each layer group.
+    def run(self, max_seq_len: int | None) -> None:
+        """Sizes the cache, allocates it and captures.
 
         Args:
             max_seq_len: tokens that a request must be able to reach, if that was asked.
@@ -80,7 +79,6 @@ class Start:
         executor.capture(partial(self._progress, "capture"))
         executor.growth, self._unused = growth(executor, base), base.size_of(CACHE)
         executor.forecast = Forecast.of(base, executor.caches, costs)
-        return executor.planner.caches
 
     def costs(self) -> StartCosts:
         """What it took, to be stored."""
@@ -109,8 +107,7 @@ class Start:
 
     def _room(self, num_pages: int) -> int:
         """Tokens that a request may reach in so many pages."""
-        room = (num_pages - 1) * self._sizing.smallest.page_size
-        return room if self._limit is None else min(self._limit, room)
+        return room(self._sizing, num_pages, self._limit)
 
     def _that_fit(self, base: Ledger, costs: Costs | None) -> int:
         """The pages that fit beside such costs, none at all for None."""
@@ -184,7 +181,7 @@ class Start:
         executor, sizing = self._executor, self._sizing
         while True:
             if max_seq_len is not None:
-                check_room(sizing.caches(num_pages)[0], max_seq_len)
+                check_room(sizing, num_pages, max_seq_len)
             try:
                 executor.lay_out(sizing.caches(num_pages), self._ladder, self._room(num_pages))
                 return base, costs

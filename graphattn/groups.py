@@ -57,15 +57,19 @@ class GroupPools:
             )
         self.pools, self.windows = tuple(pools), tuple(windows)
         self.page_size = self.pools[0].page_size
+        # The group that keeps most, by whose pages prefixes are told.
+        self._keeper = max(
+            range(len(windows)), key=lambda group: math.inf if windows[group] is None else windows[group]
+        )
 
     def row(self) -> RowPages:
         """Tables of a new row, without pages."""
-        return RowPages(
-            [
-                BlockTable(pool) if window is None else WindowTable(pool, window)
-                for pool, window in zip(self.pools, self.windows, strict=True)
-            ]
-        )
+        pairs = list(zip(self.pools, self.windows, strict=True))
+        pool, window = pairs[self._keeper]
+        keeper = BlockTable(pool) if window is None else WindowTable(pool, window)
+        tables = [BlockTable(pool) if window is None else WindowTable(pool, window, keeper) for pool, window in pairs]
+        tables[self._keeper] = keeper
+        return RowPages(tables, keeper)
 
     def tightest(self, num_new: int) -> tuple[int | None, PagePool]:
         """Tokens that one row may reach if so many are computed at once, None for any number; and which pool's limit
@@ -85,15 +89,21 @@ class GroupPools:
 class RowPages:
     """The pages of one request: a block table in each layer group, grown and given back together.
 
+    Args:
+        tables: by layer group.
+        keeper: the one of them by whose pages the others with windows tell prefixes.
+
     Attributes:
         tables: by layer group.
     """
 
-    __slots__ = ("_windowed", "tables")
+    __slots__ = ("_followers", "_ordered", "_windowed", "tables")
 
-    def __init__(self, tables: Sequence[BlockTable]) -> None:
+    def __init__(self, tables: Sequence[BlockTable], keeper: BlockTable) -> None:
         self.tables = tuple(tables)
         self._windowed = tuple(table for table in self.tables if isinstance(table, WindowTable))
+        self._followers = tuple(table for table in self._windowed if table is not keeper)
+        self._ordered = (keeper, *(table for table in self.tables if table is not keeper))
 
     @property
     def pages(self) -> list[list[int]]:
@@ -101,18 +111,26 @@ class RowPages:
         return [table.pages for table in self.tables]
 
     def reuse_prefix(self, token_ids: Sequence[int], key: int = 0) -> int:
-        """Takes what every group still has of the longest registered beginning; as `BlockTable.reuse_prefix`."""
-        found = min([table.reuse_prefix(token_ids, key) for table in self.tables])
-        for table in self.tables:
-            self._unhit(table, table.num_slots - found)
+        """Takes the longest registered beginning of which every group still has what the next token sees; as
+        `BlockTable.reuse_prefix`."""
+        whole = [table for table in self.tables if table not in self._followers]
+        found, longest = min(table.reuse_prefix(token_ids, key) for table in whole), -1
+        while found != longest:  # windows differ, so a beginning that one ends must be asked of all again
+            longest = found
+            for table in self._followers:
+                found = table.findable(token_ids, found)
+        for table in whole:
+            table.pool.num_hits -= table.num_slots - found
             table.truncate(found)
+        for table in self._followers:
+            table.take(token_ids, found)
         self.drop_behind(found)
         return found
 
     def refuse_prefix(self) -> None:
         """Gives back what `reuse_prefix` took, as if it had not been asked for."""
         for table in self.tables:
-            self._unhit(table, table.num_slots)
+            table.pool.num_hits -= table.num_slots
         self.release()
 
     def missing(self, num_tokens: int, ahead: int = 0) -> list[int]:
@@ -141,7 +159,7 @@ class RowPages:
 
     def commit(self, token_ids: Sequence[int], count: int | None = None) -> None:
         """Registers full pages, and gives back what lies behind windows; as `BlockTable.commit`."""
-        for table in self.tables:
+        for table in self._ordered:
             table.commit(token_ids, count)
 
     def drop_behind(self, num_tokens: int) -> None:
@@ -156,7 +174,3 @@ class RowPages:
 
     def _wanted(self, table: BlockTable, num_tokens: int, ahead: int) -> int:
         return num_tokens if table in self._windowed else max(num_tokens, ahead)
-
-    @staticmethod
-    def _unhit(table: BlockTable, num_tokens: int) -> None:
-        table.pool.num_hits -= num_tokens

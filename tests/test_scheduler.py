@@ -386,18 +386,38 @@ def test_a_group_without_pages_keeps_a_request_waiting_with_nothing_taken() -> N
     assert one.tokens == lone_run(one)
 
 
-def test_a_prefix_is_found_while_every_group_has_its_pages() -> None:
-    """What lies behind a window stays registered until its pages are needed; then the shorter hit counts."""
+@pytest.mark.parametrize(("others", "found"), [(0, 12), (15, 12), (17, 0), (19, 0)])
+def test_a_prefix_is_found_while_every_group_has_what_its_next_token_sees(others: int, found: int) -> None:
+    """In 10 pages of 2, the prompt's 6 whole ones stay until others need them, the first of them first; a window of 4
+    takes the last 2."""
     server = Server([40, 10], 2, [None, 4])
     prompt = [1, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 1]
     server.add(prompt, max_tokens=1)
     server.run()
+    if others:
+        server.add([0] * others, max_tokens=1)
+        server.run()
     again = server.add(prompt, max_tokens=1)
     server.run()
-    assert again.cached_tokens == 12
-    assert server.pools.pools[1].num_used == 0
-    server.add([0] * 19, max_tokens=1)  # takes every page of the group with windows
-    server.run()
-    late = server.add(prompt, max_tokens=1)
-    server.run()
-    assert late.cached_tokens == 0 and [pool.num_hits for pool in server.pools.pools] == [12, 12]
+    assert again.cached_tokens == found and [pool.num_hits for pool in server.pools.pools] == [found, found]
+    assert not any(pool.num_used for pool in server.pools.pools)
+
+
+def test_windows_of_several_sizes_agree_on_a_prefix() -> None:
+    """The group with the wider window lacks a page that it needs behind 12 tokens, and the other one behind 8."""
+    server = Server([40, 40, 40], 2, [None, 4, 7])
+    prompt = [1, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 1]
+    row = server.pools.row()
+    row.grow(13)
+    pages = row.pages[1][:], row.pages[2][:]
+    row.commit(prompt)
+    row.release()
+    for pool, page in ((server.pools.pools[1], pages[0][2]), (server.pools.pools[2], pages[1][4])):
+        pool._forget(page)
+        del pool._cached[page]
+        pool._free.append(page)
+    row = server.pools.row()
+    # Behind 12 tokens the last group sees tokens 6 to 12, page 4 among them; behind 8 the second one sees token 5.
+    assert row.reuse_prefix(prompt) == 4
+    for pool in server.pools.pools:
+        pool.check()

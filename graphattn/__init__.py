@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         OutOfPagesError,
         UnsupportedModelError,
     )
+    from graphattn.groups import GroupPools
     from graphattn.layer import Attention
     from graphattn.ledger import Ledger
     from graphattn.ops import active_plans
@@ -67,6 +68,7 @@ __all__ = [
     "Delta",
     "DeviceMemoryError",
     "GraphattnError",
+    "GroupPools",
     "InvalidArgumentError",
     "InvalidRequestError",
     "KVCache",
@@ -119,6 +121,7 @@ _MODULE_OF = {
     "Delta": "engine.request",
     "DeviceMemoryError": "errors",
     "GraphattnError": "errors",
+    "GroupPools": "groups",
     "InvalidArgumentError": "errors",
     "InvalidRequestError": "errors",
     "KVCache": "cache",

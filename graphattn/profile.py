@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -258,10 +259,17 @@ def origin(model: nn.Module, *, page_size: int, layout: str) -> dict[str, Any]:
             "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
             "vocab_size": config.vocab_size,
             "dtype": str(model.dtype).removeprefix("torch."),
+            **_layer_types(config),
         },
         "page_size": page_size,
         "layout": layout,
     }
+
+
+def _layer_types(config: Any) -> dict[str, Any]:
+    """How many layers are of each type and what those with windows see, of a model that mixes them."""
+    types = Counter(getattr(config, "layer_types", None) or ())
+    return {"layer_types": dict(types), "window": getattr(config, "sliding_window", None)} if len(types) > 1 else {}
 
 
 def _processor() -> str:

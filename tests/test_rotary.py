@@ -48,7 +48,7 @@ def drawn(llm: LLM) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("family", TAKEN)
 def test_tokens_are_those_of_generate_and_of_new_weights(family: str) -> None:
-    """gemma3 rotates layers with windows by frequencies of their own, smollm3 does not rotate every layer, phi, gpt_neox
+    """gemma3 has frequencies for layers with windows and others, smollm3 does not rotate every layer, phi, gpt_neox
     and stablelm not every dim; cohere and glm4 rotate other pairs, hunyuan norms after it rotates."""
     model, other = made(family), made(family, seed=3)
     want = [expected(each) for each in (model, other)]

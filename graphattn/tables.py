@@ -104,10 +104,10 @@ class SentTables:
             if not is_checked_B[row]:
                 start = 0
             first = self._place + row * self._max_pages
-            # What was sent and is another page now: a row in another's place, or a window that moved on.
-            replaced = list(compress(range(start), map(ne, table, self._tables[row])))
-            found.places += [first + at for at in replaced]
-            found.pages += [table[at] for at in replaced]
+            if table[:start] != self._tables[row][:start]:  # a row in another's place, or a window that moved on
+                replaced = list(compress(range(start), map(ne, table, self._tables[row])))
+                found.places += [first + at for at in replaced]
+                found.pages += [table[at] for at in replaced]
             if start < count:
                 found.places += range(first + start, first + count)
                 found.pages += table[start:count]

@@ -293,7 +293,8 @@ class Executor:
 
     def _tables(self, requests: Sequence[Request]) -> list[list[list[int]]]:
         """Each group's pages of each request."""
-        return [list(tables) for tables in zip(*(request.pages.pages for request in requests), strict=True)]
+        groups = range(len(self.caches))
+        return [[request.pages.tables[group].pages for request in requests] for group in groups]
 
     def _read_addresses(self) -> list[int]:
         return [tensors[name].data_ptr() for tensors, name in self._weights]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         OutOfPagesError,
         UnsupportedModelError,
     )
+    from graphattn.groups import GroupPools
     from graphattn.hf.calibrate import calibrate
     from graphattn.layer import Attention
     from graphattn.ledger import Ledger
@@ -70,6 +71,7 @@ __all__ = [
     "Delta",
     "DeviceMemoryError",
     "GraphattnError",
+    "GroupPools",
     "InvalidArgumentError",
     "InvalidRequestError",
     "KVCache",
@@ -125,6 +127,7 @@ _MODULE_OF = {
     "Delta": "engine.request",
     "DeviceMemoryError": "errors",
     "GraphattnError": "errors",
+    "GroupPools": "groups",
     "InvalidArgumentError": "errors",
     "InvalidRequestError": "errors",
     "KVCache": "cache",

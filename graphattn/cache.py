@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidArgumentError
+from .pages import NULL_PAGE
 from .spec import AttentionSpec, CacheSpec
 
 
@@ -45,8 +46,9 @@ class KVCache:
 
     Attributes:
         layers: `[(k_cache, v_cache), ...]`, each tensor `[num_pages, page_size, num_kv_heads, head_dim]`, or with
-            layout "HND" `[num_pages, num_kv_heads, page_size, head_dim]`; uninitialised: attention never reads a slot
-            that no token was appended to.
+            layout "HND" `[num_pages, num_kv_heads, page_size, head_dim]`. The null page holds zeros, since kernels that
+            read tiles may read it before a window, weighed with zero. Others are uninitialised: attention never reads
+            a slot that no token was appended to.
 
     Raises:
         InvalidArgumentError: `num_layers` is below 1.
@@ -61,6 +63,9 @@ class KVCache:
             self.layers: list[tuple[Tensor, Tensor]] = [
                 tuple(torch.empty(shape, dtype=cache.dtype, device=device) for _ in "kv") for _ in range(num_layers)
             ]
+        for pair in self.layers:
+            for pages in pair:
+                pages[NULL_PAGE].zero_()
         self.device = self.layers[0][0].device
 
     @property

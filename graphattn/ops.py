@@ -68,22 +68,32 @@ def _attend(
         raise InvalidArgumentError(
             f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, the cache {k_cache.dtype}: give all of them one dtype"
         )
+    if not 0 <= group < len(plans):
+        raise InvalidArgumentError(f"group {group}: the step has plans of groups 0 to {len(plans) - 1}")
     plan = plans[group]
     if k_cache.shape[1:] != plan.page_shape:
         raise InvalidArgumentError(
             f"the cache has pages of {list(k_cache.shape[1:])}, the plan was made for {list(plan.page_shape)}: "
             "give both the same CacheSpec (page_size and layout)"
         )
+    spec = plan.spec
+    kv_heads = (spec.num_kv_heads, spec.head_dim)
+    if q.shape[1:] != (spec.num_heads, spec.head_dim) or not k.shape[1:] == v.shape[1:] == kv_heads:
+        raise InvalidArgumentError(
+            f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; the plan of group {group} was made for "
+            f"{spec.num_heads} query heads and {spec.num_kv_heads} kv heads of {spec.head_dim}: give layers with other "
+            "heads a group of their own"
+        )
     tensors = (q, k, v, all_pages(k_cache), all_pages(v_cache), rotary)
-    if variant is None and plan.variant is None:
+    if variant is None and spec.variant is None:
         return plan.attend(*tensors) if scales is None else plan.attend(*tensors, (), scales)
-    planned = None if plan.variant is None else plan.variant.digest
+    planned = None if spec.variant is None else spec.variant.digest
     if variant != planned:
         raise InvalidArgumentError(
             f"the layer has variant {variant}, the plan of group {group} was made for {planned}: give Planner the "
             "layer's spec, and layers with other variants groups of their own"
         )
-    plan.variant.check(values, q.device)
+    spec.variant.check(values, q.device)
     tensors = (*tensors, [value.detach() for value in values])
     return plan.attend(*tensors) if scales is None else plan.attend(*tensors, scales)
 

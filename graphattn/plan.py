@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -73,26 +74,27 @@ class Planner:
 
     Args:
         groups: the layer groups, in the order that `Attention.group` counts.
-        cache: pages, page size and dtype.
+        cache: pages, page size and dtype; or one for each group, which differ in the number of pages alone.
         device: where the steps run.
         backend: "auto", "fused", "flashinfer", "reference" or "cascade"; or who serves each bucket at how many
             tokens a row.
         cascade: "auto" plans a cascade for every bucket besides, for steps where `StepPlan.pays` says so; "off" none.
 
     Attributes:
+        caches: one for each layer group.
         backends: one for each layer group; of a table, its first. They prefill.
         table: who serves each bucket; None where one backend serves all.
 
     Raises:
         BackendError: the backend, one of the table, or the cascade, cannot serve a group.
-        InvalidArgumentError: no backend has that name, an unknown cascade mode, or a table that does not say who
-            serves a context.
+        InvalidArgumentError: no backend has that name, an unknown cascade mode, a table that does not say who serves a
+            context, or caches that are not those of the groups.
     """
 
     def __init__(
         self,
         groups: Sequence[AttentionSpec],
-        cache: CacheSpec,
+        cache: CacheSpec | Sequence[CacheSpec],
         device: torch.device | str,
         backend: str | BackendTable = "auto",
         cascade: str = "off",
@@ -100,12 +102,18 @@ class Planner:
         if cascade not in CASCADE_MODES:
             raise InvalidArgumentError(f"cascade={cascade!r}: choose {' or '.join(CASCADE_MODES)}")
         device = torch.device(device)
-        self.groups, self.cache, self.device = tuple(groups), cache, device
+        self.groups, self.device = tuple(groups), device
+        self.caches = (cache,) * len(self.groups) if isinstance(cache, CacheSpec) else tuple(cache)
+        if len(self.caches) != len(self.groups) or len({replace(each, num_pages=2) for each in self.caches}) != 1:
+            raise InvalidArgumentError(
+                f"caches {list(self.caches)} for {len(self.groups)} layer groups: give one for all, or one for each, "
+                "all of one page_size, dtype and layout"
+            )
 
         def made(name: str) -> list[Backend]:
             return [
                 choose_backend(name, spec, cache, device)(index, spec, cache, device)
-                for index, spec in enumerate(self.groups)
+                for index, (spec, cache) in enumerate(zip(self.groups, self.caches, strict=True))
             ]
 
         self.table: dict[int, Spans] | None = None
@@ -122,6 +130,11 @@ class Planner:
         self._cascades, self._without_cascade = cascade == "auto", set[int]()
         if self._cascades and CascadeBackend.name not in self._made:
             self._made[CascadeBackend.name] = made(CascadeBackend.name)
+
+    @property
+    def cache(self) -> CacheSpec:
+        """That of the first group; the others' have its page size, dtype and layout."""
+        return self.caches[0]
 
     @property
     def all_names(self) -> tuple[str, ...]:

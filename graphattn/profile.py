@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -260,10 +261,17 @@ def origin(model: nn.Module, cache: CacheSpec) -> dict[str, Any]:
             "vocab_size": config.vocab_size,
             "dtype": str(model.dtype).removeprefix("torch."),
             "kv_cache_dtype": str(cache.dtype).removeprefix("torch."),
+            **_layer_types(config),
         },
         "page_size": cache.page_size,
         "layout": cache.layout,
     }
+
+
+def _layer_types(config: Any) -> dict[str, Any]:
+    """How many layers are of each type and what those with windows see, of a model that mixes them."""
+    types = Counter(getattr(config, "layer_types", None) or ())
+    return {"layer_types": dict(types), "window": getattr(config, "sliding_window", None)} if len(types) > 1 else {}
 
 
 def _processor() -> str:

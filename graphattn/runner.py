@@ -230,7 +230,7 @@ class DecodeRunner:
     def _planned(self, token_ids, seq_lens, tables, drawn=None) -> tuple[int, _Bucket]:
         """Stages the rows, and plans them by who serves them: a cascade besides, where what they share pays for it."""
         bucket, prepared = self._ready(len(token_ids), seq_lens)
-        num_pages = self.planner.cache.num_pages
+        num_pages = [cache.num_pages for cache in self.planner.caches]
         batch = self.state.stage(bucket, token_ids, seq_lens, tables, drawn=drawn, num_pages=num_pages)
         for name in self.planner.cascade_names(bucket):
             if self._buckets[bucket, name].plan.pays(batch):

@@ -125,7 +125,7 @@ class StepState:
         tables: Sequence[Sequence[Sequence[int]]],
         *,
         drawn: Sequence[int | None] | None = None,
-        num_pages: int | None = None,
+        num_pages: Sequence[int] | None = None,
     ) -> Batch:
         """Says what the rows of the next `feed` are, sends what the device lacks of it, and returns the batch to plan.
 
@@ -137,7 +137,7 @@ class StepState:
             seq_lens: each row's length with that token counted.
             tables: `tables[group][row]`, the row's pages in order; may hold more pages than the length needs.
             drawn: where in `self.drawn.flatten()` each row's token is, or None for `token_ids[row]`.
-            num_pages: pages of the cache, to check the tables against; kernels do not.
+            num_pages: pages of each group's cache, to check the tables against; kernels do not.
 
         Raises:
             InvalidArgumentError: more rows than the bucket holds, a row longer than `max_seq_len`, too few pages, a
@@ -153,9 +153,10 @@ class StepState:
         wanted_FB[LENS, :num_rows] = lens_B
         wanted_FB[ACTIVE, :num_rows], wanted_FB[ACTIVE, num_rows:] = 1, 0
         self._want_tokens(wanted_FB[SOURCES:, :num_rows], token_ids, drawn)
+        limits = [None] * len(tables) if num_pages is None else num_pages
         changes = [
-            sent.changes(group, table, seq_lens, lens_B, self.page_size, num_pages)
-            for group, (sent, table) in enumerate(zip(self._sent, tables, strict=True))
+            sent.changes(group, table, seq_lens, lens_B, self.page_size, limit)
+            for group, (sent, table, limit) in enumerate(zip(self._sent, tables, limits, strict=True))
         ]
         for sent, changed in zip(self._sent, changes, strict=True):
             sent.forget(changed)

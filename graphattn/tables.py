@@ -101,10 +101,14 @@ class SentTables:
         for row in sorted({*changed, *lacking}):
             table, count = tables[row], int(counts_B[row])
             start = min(int(self._num_sent[row]), len(table))
-            if not is_checked_B[row] or table[:start] != self._tables[row][:start]:
+            if not is_checked_B[row]:
                 start = 0
+            first = self._place + row * self._max_pages
+            if table[:start] != self._tables[row][:start]:  # a row in another's place, or a window that moved on
+                replaced = list(compress(range(start), map(ne, table, self._tables[row])))
+                found.places += [first + at for at in replaced]
+                found.pages += [table[at] for at in replaced]
             if start < count:
-                first = self._place + row * self._max_pages
                 found.places += range(first + start, first + count)
                 found.pages += table[start:count]
             found.rows.append((row, table.copy(), max(start, count)))

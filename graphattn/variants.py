@@ -21,6 +21,7 @@ from .errors import InvalidArgumentError
 # What a variant may define, and what each returns in CUDA.
 HOOKS = {"logits": "float", "mask": "bool", "sink": "float", "output_scale": "float"}
 C_TYPES = {
+    torch.float64: "double",
     torch.float32: "float",
     torch.float16: "half",
     torch.bfloat16: "nv_bfloat16",
@@ -69,7 +70,7 @@ class Variant:
     Args:
         name: of the variant, a C++ identifier; compiler errors are reported under it.
         declaration: C++ text of the functions.
-        tensors: contiguous, float32, float16, bfloat16, int64, int32, uint8 or bool, of any shape.
+        tensors: contiguous, float64, float32, float16, bfloat16, int64, int32, uint8 or bool, of any shape.
         scalars: finite numbers.
         logits, mask, sink, output_scale: the twins.
         num_heads: query heads that the tensors are for; None for any number.

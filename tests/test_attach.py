@@ -652,12 +652,6 @@ MODELS = {
     ),
     "no interface, bloom": (lambda: tiny("bloom", n_layer=2, n_head=4), r"interface was called for layers \[\]"),
     "called twice": (lambda: tiny("diffllama"), r"called for layers \[0, 0, 1, 1\], expected is each of 2 once"),
-    "sinks": (
-        lambda: tiny("gpt_oss", dtype=torch.float32, num_local_experts=4, rope_parameters=ROPE),
-        r"attention sinks \(s_aux\)",
-    ),
-    "layers that differ, gemma2": (lambda: tiny("gemma2"), "layers that differ are not served"),
-    "layers that differ, gemma3": (lambda: tiny("gemma3_text", num_layers=6), "layers that differ are not served"),
     "chunks": (lambda: tiny("llama4_text", intermediate_size_mlp=96), "layer 0 is chunked_attention"),
     "state": (lambda: tiny("mamba", num_hidden_layers=2, state_size=4), "keeps a state besides keys and values"),
     "dynamic rope": (

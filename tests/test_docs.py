@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dense import DenseRows
 from tiny import tiny
 
-from graphattn import Attention, KVScales, MemoryLeakError, Planner, active_plans, memory
+from graphattn import Attention, InvalidArgumentError, KVScales, MemoryLeakError, Planner, active_plans, memory
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -89,6 +89,19 @@ def test_memory_page(capsys: pytest.CaptureFixture) -> None:
     said = capsys.readouterr().out
     assert "memory of cpu" in said and "KV pages" in said and "MiB are the margin" in said
     assert "a cache of" in said and "does not fit" in said and "on_kv_oom='shrink'" in said
+
+
+def test_groups_page() -> None:
+    """The window's layer gave pages back; another one, of other heads, is refused."""
+    names: dict = {}
+    exec("\n".join(code("groups.md")), names)
+    assert names["held"] == [3, 13] and names["row"].pages[0][:10] == [0] * 10
+    assert all(out.shape == (10, 4, 64) and out.isfinite().all() for out in names["outputs"])
+    with pytest.raises(InvalidArgumentError, match="plan of group 0 was made for 4 query heads"), torch.no_grad():
+        layer = Attention(2, 64, num_kv_heads=2)
+        layer.bind(*(torch.zeros(9, 4, 2, 64) for _ in "kv"))
+        with active_plans(names["plan"].groups):
+            layer(torch.zeros(10, 2, 64), torch.zeros(10, 2, 64), torch.zeros(10, 2, 64))
 
 
 def test_rope_page() -> None:

@@ -1036,7 +1036,7 @@ def test_close_restores_the_model_and_ends_what_runs() -> None:
     llm.close()
     assert model.config is config and list(model.modules()) == modules
     assert llm.pool.num_used == 0
-    assert llm._executor.cache.num_bytes == 0
+    assert llm._executor.cache_bytes == 0
     assert [delta.output.finish_reason for delta in stream if delta.output] == ["abort"]
     assert {i: output.finish_reason for i, output in finish(llm, whole=False).items()} == {request_id: "abort"}
     for call in (lambda: llm.add_request([1]), lambda: llm.generate([[1]])):
@@ -1102,7 +1102,7 @@ def test_close_gives_the_pages_back_while_the_engine_is_still_held() -> None:
     model = small()
     with LLM(model, max_batch=2, num_pages=40) as llm:
         llm.generate(PROMPTS[0], greedy(2))
-        held = [weakref.ref(tensor) for pair in llm._executor.cache.layers for tensor in pair]
+        held = [weakref.ref(tensor) for cache in llm._executor.caches for pair in cache.layers for tensor in pair]
         held += [weakref.ref(llm._executor.runner.state), weakref.ref(llm._executor.runner.planner)]
     gc.collect()
     assert not any(ref() is not None for ref in held)

@@ -7,13 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from graphattn import LLM, UnsupportedModelError
-from graphattn.hf import attach, binding, oracle, probe, rotary, widths
+from graphattn import LLM
+from graphattn.hf import binding, oracle, probe, rotary, widths
 from tools.families.measure import KINDS, measure, shows
 from tools.families.table import FAMILIES, build
 
-SERVED = [name for name, family in FAMILIES.items() if family.refused is None]
-REFUSED = [name for name, family in FAMILIES.items() if family.refused is not None]
 # What CI compiles: rotation in the op and outside it, experts, heads of two widths, positions that are learned.
 CROSS_SECTION = ("qwen3-moe", "glm4", "gpt2", "deepseek-v3")
 
@@ -43,14 +41,14 @@ def check(found: dict) -> None:
     assert tuple(found["errors"]) == KINDS
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_transformers(name: str) -> None:
     check(measure(name, dtype=torch.float32))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 6))
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_transformers_for_other_weights(name: str, seed: int) -> None:
     check(measure(name, dtype=torch.float32, seed=seed))
     if not FAMILIES[name].has_experts:  # whose choice of experts a rounding may change, and with it the logits
@@ -58,7 +56,7 @@ def test_logits_are_transformers_for_other_weights(name: str, seed: int) -> None
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in CROSS_SECTION else pytest.mark.slow) for n in SERVED]
+    "name", [pytest.param(n, marks=() if n in CROSS_SECTION else pytest.mark.slow) for n in FAMILIES]
 )
 def test_one_graph_serves_every_batch_and_prefill(name: str, traced: None) -> None:
     found = measure(name, dtype=torch.float32, compile=True)
@@ -68,20 +66,12 @@ def test_one_graph_serves_every_batch_and_prefill(name: str, traced: None) -> No
 
 @pytest.mark.slow
 @pytest.mark.inductor
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_one_graph_compiled_serves_every_batch_and_prefill(name: str) -> None:
     torch._dynamo.reset()
     found = measure(name, dtype=torch.float32, compile=True)
     check(found)
     assert found["compiles"] == 1
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_says_why(name: str) -> None:
-    """Once such a family is served, its row in the table loses its reason and the tests above take it."""
-    assert FAMILIES[name].refused in measure(name, dtype=torch.float32)["refused"]
-    with pytest.raises(UnsupportedModelError, match=FAMILIES[name].refused):
-        attach(build(FAMILIES[name], dtype=torch.float32))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -131,7 +121,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_wider_heads_give_the_same(name: str, as_on_cuda: None) -> None:
     found = measure(name, dtype=torch.float32)
     check(found)
@@ -181,7 +171,7 @@ def check_captured(found: dict, backend: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["fused", "flashinfer"])
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_captured_logits_are_transformers(name: str, backend: str) -> None:
     """Real CUDA graphs in bfloat16; experts run inside them too."""
     check_captured(measure(name, dtype=torch.bfloat16, device="cuda", backend=backend), backend)
@@ -189,7 +179,7 @@ def test_captured_logits_are_transformers(name: str, backend: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in CROSS_SECTION else pytest.mark.slow) for n in SERVED]
+    "name", [pytest.param(n, marks=() if n in CROSS_SECTION else pytest.mark.slow) for n in FAMILIES]
 )
 def test_one_compiled_graph_serves_every_bucket(name: str) -> None:
     torch._dynamo.reset()

@@ -39,9 +39,10 @@ def prompts(count: int, seed: int, vocab: int = 128, longest: int = 70) -> list[
 
 def poison(llm: LLM) -> None:
     """NaN everywhere in the cache, the null page included; what a step reads it must have written."""
-    for pair in llm._executor.cache.layers:
-        for pages in pair:
-            pages.fill_(float("nan"))
+    for cache in llm._executor.caches:
+        for pair in cache.layers:
+            for pages in pair:
+                pages.fill_(float("nan"))
 
 
 class Rows:
@@ -605,7 +606,7 @@ def test_workspaces_are_as_small_as_they_can_be() -> None:
         print(llm.ledger())
         lines = {line.name: line.bytes for line in llm.ledger().lines}
         assert lines["graphs and kernels"] + lines["graph pool"] > 0
-        assert lines["KV pages"] == llm._executor.cache.num_bytes
+        assert lines["KV pages"] == llm._executor.cache_bytes
 
 
 def test_attached_generate_on_cuda() -> None:

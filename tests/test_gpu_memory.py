@@ -145,11 +145,11 @@ def test_beside_another_process_that_holds_half(watched: memory.Watch) -> None:
 def test_another_process_takes_memory_between_measuring_and_allocating(monkeypatch, mode: str) -> None:
     model, others, real = wide(), [], Executor.lay_out
 
-    def lay_out(executor, cache, *args) -> None:
-        if cache.num_pages > 2 and not others:
+    def lay_out(executor, caches, *args) -> None:
+        if caches[0].num_pages > 2 and not others:
             others.append(other_process(0.6))
             others[0].__enter__()
-        real(executor, cache, *args)
+        real(executor, caches, *args)
 
     monkeypatch.setattr(Executor, "lay_out", lay_out)
     options = {"max_batch": 16, "compile": False, "capture": "lazy", "on_kv_oom": mode}

@@ -37,6 +37,8 @@ ORDER = (
     "choice",
     "spans",
     "pages",
+    "window_table",
+    "groups",
     "prefixes",
     "cache",
     "batch",

@@ -174,10 +174,9 @@ def test_transformers_step_compiles_once(family: str) -> None:
     torch._dynamo.reset()
     binding = Binding(tiny(family, dtype=torch.float32), packs=True)
     cache = CacheSpec(num_pages=64, dtype=torch.float32)
-    held = KVCache(len(binding.layers), binding.spec, cache, "cpu")
-    binding.bind(held)
-    state = StepState(max_batch=8, max_seq_len=64, page_size=16, groups=[binding.spec], device="cpu")
-    planner, pool = Planner([binding.spec], cache, "cpu"), PagePool(64)
+    binding.allocate([cache])
+    state = StepState(max_batch=8, max_seq_len=64, page_size=16, groups=binding.groups, device="cpu")
+    planner, pool = Planner(binding.groups, cache, "cpu"), PagePool(64)
     plain, compiled = (ModelStep(binding.model, compile=compile, max_batch=8) for compile in (False, True))
     sizes = (8, 4, 2, 1, 6)
     expected = list(steps(plain, state, planner, pool, sizes))
@@ -192,13 +191,12 @@ def test_a_compiled_step_serves_caches_of_any_size() -> None:
     """So that a cache can be sized by what a first, small one showed, without compiling again."""
     torch._dynamo.reset()
     binding = Binding(tiny("llama", dtype=torch.float32), packs=True)
-    state = StepState(max_batch=8, max_seq_len=64, page_size=16, groups=[binding.spec], device="cpu")
+    state = StepState(max_batch=8, max_seq_len=64, page_size=16, groups=binding.groups, device="cpu")
     plain, compiled = (ModelStep(binding.model, compile=compile, max_batch=8) for compile in (False, True))
     for num_pages in (40, 64, 1000):
         cache = CacheSpec(num_pages=num_pages, dtype=torch.float32)
-        held = KVCache(len(binding.layers), binding.spec, cache, "cpu")
-        binding.bind(held)
-        planner = Planner([binding.spec], cache, "cpu")
+        binding.allocate([cache])
+        planner = Planner(binding.groups, cache, "cpu")
         runs = [list(steps(step, state, planner, PagePool(num_pages), (4, 2, 1))) for step in (plain, compiled)]
         for (expected, _), (logits, _) in zip(*runs, strict=True):
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -218,10 +216,10 @@ def test_compiled_models_do_not_share_dynamos_limit_and_go_when_dropped(monkeypa
     for _ in range(6):
         binding = Binding(tiny("llama", dtype=torch.float32, num_layers=1), packs=True)
         cache = CacheSpec(num_pages=8, dtype=torch.float32)
-        binding.bind(KVCache(1, binding.spec, cache, "cpu"))
-        state = StepState(max_batch=2, max_seq_len=16, page_size=16, groups=[binding.spec], device="cpu")
+        binding.allocate([cache])
+        state = StepState(max_batch=2, max_seq_len=16, page_size=16, groups=binding.groups, device="cpu")
         step = ModelStep(binding.model, compile=True, max_batch=8)
-        list(steps(step, state, Planner([binding.spec], cache, "cpu"), PagePool(8), (2, 1)))
+        list(steps(step, state, Planner(binding.groups, cache, "cpu"), PagePool(8), (2, 1)))
         assert step.num_compiles == 1
         alive.append(weakref.ref(binding.model))
         binding.detach()

@@ -18,6 +18,7 @@ from graphattn.hf import attach
 
 PROMPTS = [[5, 9, 33, 71, 12], [7], list(range(40, 75))]
 TAKEN = {"llama": 4, "qwen3": 4, "qwen2": 4, "smollm3": 3, "phi": 4, "gpt_neox": 4, "stablelm": 4}
+TAKEN |= {"gemma2": 4, "gemma3_text": 4}
 TAKEN |= {"cohere": 0, "hunyuan_v1_dense": 0, "glm4": 0}
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 
@@ -48,8 +49,8 @@ def drawn(llm: LLM) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("family", TAKEN)
 def test_tokens_are_those_of_generate_and_of_new_weights(family: str) -> None:
-    """smollm3 does not rotate every layer, phi, gpt_neox and stablelm not every dim; cohere and glm4 rotate other
-    pairs, hunyuan norms after it rotates."""
+    """gemma3 has frequencies for layers with windows and others, smollm3 does not rotate every layer, phi, gpt_neox
+    and stablelm not every dim; cohere and glm4 rotate other pairs, hunyuan norms after it rotates."""
     model, other = made(family), made(family, seed=3)
     want = [expected(each) for each in (model, other)]
     state, forwards = dict(model.state_dict()), [module.forward.__func__ for module in model.modules()]
@@ -62,6 +63,21 @@ def test_tokens_are_those_of_generate_and_of_new_weights(family: str) -> None:
         assert drawn(llm) == want[1]
     assert [module.forward.__func__ for module in model.modules()] == forwards
     assert not any("forward" in vars(module) or "graphattn_config" in vars(module) for module in model.modules())
+
+
+def test_each_type_of_layer_has_its_frequencies_or_the_model_rotates_itself() -> None:
+    model = tiny("gemma3_text", num_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
+    embedding = model.model.rotary_emb
+    with LLM(model, max_batch=2, num_pages=40) as llm:
+        found = [rotary.inv_freq for rotary in llm._executor.binding.rotary.rotaries]
+        local, whole = embedding.sliding_attention_inv_freq, embedding.full_attention_inv_freq
+        assert not torch.equal(local, whole)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, [local, whole] * 2, strict=True))
+    embedding.sliding_attention_inv_freq.copy_(embedding.full_attention_inv_freq * (1 + 1e-6))
+    want = expected(model)
+    with LLM(model, max_batch=3, num_pages=80) as llm:
+        assert "it cannot be told by which of 2 kinds of frequencies layer 0 rotates" in llm.explain()
+        assert drawn(llm) == want
 
 
 THRESHOLD = 64

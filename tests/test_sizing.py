@@ -64,11 +64,11 @@ class Card:
         self.executor = executor
         real(executor, *args, **options)
 
-    def _laid_out(self, real, executor, cache, *args) -> None:
+    def _laid_out(self, real, executor, caches, *args) -> None:
         if self.on_lay_out:
             self.on_lay_out.pop(0)()
-        self._take(sum(self._segment(cache.num_pages * PAGE // 2)) * 2)
-        real(executor, cache, *args)
+        self._take(sum(self._segment(caches[0].num_pages * PAGE // 2)) * 2)
+        real(executor, caches, *args)
 
     def _prepare(self, real, runner, bucket: int, backend: str) -> None:
         self.prepared.append(bucket)
@@ -104,7 +104,7 @@ class Card:
         parts = executor.weight_bytes if executor is not None else 0
         if executor is not None and "state" in vars(executor):
             parts = sum(executor.parts().values())
-            _, kept, split = self._segment(executor.cache.num_bytes // 2)
+            _, kept, split = self._segment(executor.cache_bytes // 2)
             kept, cached, captures = 2 * kept, cached + 2 * split, executor.runner.captures
         pool = sum(capture.pool_bytes for capture in captures)
         outside = self.context + sum(capture.driver_bytes for capture in captures) + self.loaded * self.kernels

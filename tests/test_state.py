@@ -63,7 +63,7 @@ class Steps(RuleBasedStateMachine):
             [row.length for row in self.rows],
             tables,
             drawn=None if drawn.count(None) == len(drawn) and self.rng.random() < 0.5 else drawn,
-            num_pages=PAGES if checked else self.rng.choice([None, PAGES]),
+            num_pages=[PAGES] * GROUPS if checked else self.rng.choice([None, [PAGES] * GROUPS]),
         )
         return self.bucket
 
@@ -97,6 +97,14 @@ class Steps(RuleBasedStateMachine):
         for table in row.tables:
             del table[self.rng.randint(0, len(table)) :]
         row.grow(spare)
+
+    @precondition(lambda self: self.rows)
+    @rule(at=st.integers(0, ROWS - 1), count=st.integers(1, 9))
+    def window_moves_on(self, at: int, count: int) -> None:
+        """Pages of one group are given back, and the null page takes their places."""
+        table = self.rows[at % len(self.rows)].tables[-1]
+        count = min(count, len(table) - 1)
+        table[:count] = [0] * count
 
     @precondition(lambda self: self.rows)
     @rule(at=st.integers(0, ROWS - 1), source=st.sampled_from(["token", "own", "any"]))
@@ -225,6 +233,22 @@ def test_what_does_not_change_is_not_sent() -> None:
     assert state.num_sent - before == len(tables[2]) + 3, "the moved row's pages, length and source; one row left"
 
 
+def test_only_the_pages_that_were_given_back_are_sent_when_a_window_moves_on() -> None:
+    state = StepState(max_batch=1, max_seq_len=64, page_size=4, groups=[SPEC, SPEC], device="cpu")
+    tables = [[[*range(1, 17)]], [[*range(17, 33)]]]
+    state.stage(1, [7], [50], tables)
+    state.feed(1)
+    before = state.num_sent
+    tables[1][0][:3] = [0, 0, 0]
+    state.stage(1, [7], [51], tables, drawn=[0])
+    assert state.num_sent - before == 3
+    state.feed(1)
+    assert [state.csr(1, group).indices_P[:13].tolist() for group in (0, 1)] == [
+        [*range(1, 14)],
+        [0, 0, 0, *range(20, 30)],
+    ]
+
+
 def test_more_than_is_sent_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphattn.mirror.CHUNK", 7)
     state = StepState(max_batch=5, max_seq_len=64, page_size=4, groups=[SPEC, SPEC], device="cpu")
@@ -240,15 +264,15 @@ def test_tables_are_checked_against_another_cache() -> None:
     """Also those that were sent before, and pages that were not needed then."""
     state = StepState(max_batch=2, max_seq_len=16, page_size=4, groups=[SPEC], device="cpu")
     tables = [[[1, 9]]]
-    state.stage(1, [0], [3], tables, num_pages=8)
+    state.stage(1, [0], [3], tables, num_pages=[8])
     with pytest.raises(InvalidArgumentError, match="hold pages 9 to 9, the cache has pages 0 to 7"):
-        state.stage(1, [0], [5], tables, num_pages=8)
+        state.stage(1, [0], [5], tables, num_pages=[8])
     state.stage(1, [0], [5], tables)
     with pytest.raises(InvalidArgumentError, match="hold pages 1 to 9, the cache has pages 0 to 7"):
-        state.stage(1, [0], [5], tables, num_pages=8)
-    state.stage(1, [0], [4], tables, num_pages=8)
+        state.stage(1, [0], [5], tables, num_pages=[8])
+    state.stage(1, [0], [4], tables, num_pages=[8])
     with pytest.raises(InvalidArgumentError, match="hold pages 9 to 9"):
-        state.stage(1, [0], [5], tables, num_pages=8)
+        state.stage(1, [0], [5], tables, num_pages=[8])
 
 
 def test_a_batch_keeps_its_own_host_numbers() -> None:

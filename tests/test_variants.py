@@ -337,8 +337,8 @@ SINK = "__device__ float sink(uint32_t head) const { return a[head]; }"
         (
             "A",
             SINK,
-            {"tensors": {"a": torch.zeros(2).double()}},
-            "tensor a of variant A is torch.float64: kernels read",
+            {"tensors": {"a": torch.zeros(2).cfloat()}},
+            "tensor a of variant A is torch.complex64: kernels read",
         ),
         ("A", SINK, {"tensors": {"a": torch.zeros(4)[::2]}}, "tensor a of variant A has strides"),
         ("A", SINK, {"tensors": {"a": 1.0}}, "tensor a of variant A is a float: .* make it a scalar"),

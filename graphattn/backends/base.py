@@ -13,7 +13,6 @@ from ..errors import InvalidArgumentError
 from ..rope import Rotary
 from ..spec import FP8, AttentionSpec, CacheSpec
 from ..state import StepState
-from ..variants import Variant
 
 FP8_CAPABILITY = (8, 9)  # from which our kernels convert to fp8
 PREFILL_KERNELS = ("auto", "fa2", "fa3")  # "auto" is what suits each batch
@@ -26,11 +25,11 @@ class Plan(Protocol):
 
     Attributes:
         page_shape: what it takes the pages of a cache to be, `CacheSpec.page_shape`.
-        variant: that of the layer group.
+        spec: the layer group.
     """
 
     page_shape: tuple[int, int, int]
-    variant: Variant | None
+    spec: AttentionSpec
 
     @property
     def signature(self) -> tuple:

@@ -101,7 +101,7 @@ class CascadePlan:
         workspaces: tuple[Workspace, Workspace] | None,
         counts: Counter[str],
     ):
-        self._group, self._cache, self.page_shape, self.variant = group, cache, cache.page_shape(spec), spec.variant
+        self._group, self._cache, self.page_shape, self.spec = group, cache, cache.page_shape(spec), spec
         self._bucket, self._num_slots = bucket, max_slots(bucket, MAX_RUNS)
         self._mirror = Mirror(LEVELS + 3 * MAX_LEVELS, bucket + 1, dtype=torch.int32, device=state.device)
         self.cascade: Cascade | None = None

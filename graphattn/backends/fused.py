@@ -125,8 +125,8 @@ class DecodePlan:
         bucket: int,
         workspace: tuple[Tensor, Tensor, Tensor],
     ):
-        self._group, self._spec, self._cache, self._workspace = group, spec, cache, workspace
-        self.page_shape, self.variant = cache.page_shape(spec), spec.variant
+        self._group, self._cache, self._workspace = group, cache, workspace
+        self.page_shape, self.spec = cache.page_shape(spec), spec
         self._split = split(bucket, spec)
         if cache.is_fp8:  # as many bytes are to be on their way
             self._split = self._split._replace(stages=2 * self._split.stages)
@@ -153,7 +153,7 @@ class DecodePlan:
         from ..kernels.chain import is_chained
         from ..kernels.decode import decode_kernel
 
-        spec, csr = self._spec, self._csr
+        spec, csr = self.spec, self._csr
         q, k, v = (_heads_together(tensor) for tensor in (q_NHD, k_NKD, v_NKD))
         out_NHD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         slot, head = (1, 2) if self._cache.layout == "NHD" else (2, 1)

@@ -55,8 +55,8 @@ class ReferencePlan:
     about = "plain torch"
 
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec):
-        self._group, self._spec, self._cache = group, spec, cache
-        self.page_shape, self.variant = cache.page_shape(spec), spec.variant
+        self._group, self._cache = group, cache
+        self.page_shape, self.spec = cache.page_shape(spec), spec
 
     def plan(self, batch: Batch) -> None:
         self._positions_N, self._lengths_N = batch.positions_N, batch.lengths_N
@@ -105,8 +105,8 @@ class ReferencePlan:
                 dequantised(pages_PSKD[held_BL], scale_K, wide)
                 for pages_PSKD, scale_K in zip((k_PSKD, v_PSKD), pair(scales_2K), strict=True)
             )
-            if self._spec.pos_encoding == "rope_llama":
-                q_BTHD, k_BLKD = _turned(self._spec, q_BTHD, k_BLKD, kv_lens_B)
+            if self.spec.pos_encoding == "rope_llama":
+                q_BTHD, k_BLKD = _turned(self.spec, q_BTHD, k_BLKD, kv_lens_B)
             out_BTHD = self._attend_rows(q_BTHD, k_BLKD, v_BLKD, kv_lens_B, values)
             out_NHD[rows] = out_BTHD.flatten(0, 1).to(q_NHD.dtype)
         return out_NHD
@@ -118,14 +118,17 @@ class ReferencePlan:
     def _attend_rows(
         self, q_BTHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, kv_lens_B: Tensor, values: Sequence[Tensor]
     ) -> Tensor:
-        spec, dtype = self._spec, torch.promote_types(q_BTHD.dtype, torch.float32)
+        spec, dtype = self.spec, torch.promote_types(q_BTHD.dtype, torch.float32)
         named = None if spec.variant is None else spec.variant.namespace(values, dtype)
         num_queries, num_keys = q_BTHD.shape[1], k_BLKD.shape[1]
         key_L = torch.arange(num_keys, device=q_BTHD.device)
-        # Slots beyond a row's length are padding of the gather: they may hold anything, NaN times zero included.
-        beyond_BL = key_L >= kv_lens_B[:, None]
+        # What no query of the row sees may hold anything, and NaN times zero is NaN: padding of the gather beyond the
+        # row's length, and what lies behind every query's window, where pages may have been given back.
+        unseen_BL = key_L >= kv_lens_B[:, None]
+        if spec.window is not None:
+            unseen_BL |= key_L <= kv_lens_B[:, None] - num_queries - spec.window
         k_BKDL = k_BLKD.to(dtype).permute(0, 2, 3, 1)
-        v_BKLD = v_BLKD.to(dtype).masked_fill(beyond_BL[:, :, None, None], 0).transpose(1, 2)
+        v_BKLD = v_BLKD.to(dtype).masked_fill(unseen_BL[:, :, None, None], 0).transpose(1, 2)
         blocks = []
         for start in range(0, num_queries, QUERY_BLOCK):
             q_BTKGD = q_BTHD[:, start : start + QUERY_BLOCK].to(dtype).unflatten(2, (spec.num_kv_heads, -1))

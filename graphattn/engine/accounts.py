@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..cache import KVCache
 from ..ledger import CACHE, Ledger, ledger
 from ..meters import Meters
 
@@ -13,6 +15,18 @@ if TYPE_CHECKING:
 KERNELS, WORKSPACES = "graphs and kernels", "workspaces"
 # Lines that a start adds to, beside the cache.
 GROWING = (WORKSPACES, "step buffers", "logits", "graph pool", KERNELS, CACHE, "other torch")
+
+
+def page_lines(caches: Sequence[KVCache]) -> dict[str, int]:
+    """Bytes of pages by line of the ledger: one for all, or one for each window where layers differ in that."""
+    windows = [cache.spec.window for cache in caches]
+    if len(set(windows)) == 1:
+        return {"KV pages": sum(cache.num_bytes for cache in caches)}
+    lines: dict[str, int] = {}
+    for window, cache in zip(windows, caches, strict=True):
+        name = "KV pages, all tokens" if window is None else f"KV pages, window {window}"
+        lines[name] = lines.get(name, 0) + cache.num_bytes
+    return lines
 
 
 def engine_ledger(executor: Executor) -> Ledger:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, KeysView, Sequence
 
 from ..draw import derive_seed
 from ..errors import InvalidRequestError
-from ..pages import BlockTable
 from ..sampling import SamplingParams, stop_ids
 from .executor import Executor
 from .flight import Flight
@@ -67,7 +66,7 @@ class Engine:
                 seed=derive_seed(seed, index),
                 max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
                 stop_ids=stop_ids(params, self._end_ids),
-                table=BlockTable(self._scheduler.pool),
+                pages=self._scheduler.pools.row(),
                 text=None if self._decode is None else TextStream(self._decode, params.stop),
                 streams=streams,
                 outbox=outbox,

@@ -14,12 +14,13 @@ from ..buckets import BucketLadder
 from ..cache import KVCache
 from ..draw import Sampled, sample, with_logprobs
 from ..errors import CaptureError, DeviceMemoryError, InvalidArgumentError
+from ..groups import GroupPools
 from ..hf.binding import IMPLEMENTATION, Binding
 from ..hf.capturable import refuse_uncapturable
 from ..layer import Attention
 from ..ledger import mib, tensor_bytes
 from ..ops import active_plans
-from ..pages import NULL_PAGE
+from ..pages import NULL_PAGE, PagePool
 from ..plan import Planner
 from ..runner import DecodeRunner
 from ..sampling import Ask, RowSampling, SamplingParams
@@ -27,7 +28,7 @@ from ..shortage import first_line, is_out_of_memory
 from ..spans import BackendTable
 from ..spec import CacheSpec
 from ..state import StepState
-from .accounts import WORKSPACES
+from .accounts import WORKSPACES, page_lines
 from .arguments import vocab_size_of
 from .draws import RowDraws
 from .flight import Flight
@@ -64,6 +65,7 @@ class Executor:
         self.prefill_kernel, self.max_prefill_tokens = prefill, max_prefill_tokens
         self._options = {"enforce_eager": enforce_eager, "capture": capture, "on_capture_oom": on_capture_oom}
         self.runner: DecodeRunner | None = None
+        self.caches: list[KVCache] = []  # by layer group
         self.enforce_eager, self.shortage = enforce_eager, None
         self.forecast: Forecast | None = None  # what the start was to take,
         self.growth: dict[str, int] = {}  # and what it took, of that `kernel_bytes` outside torch and graphs
@@ -83,16 +85,16 @@ class Executor:
         ]
         self._addresses = self._read_addresses()
 
-    def lay_out(self, cache: CacheSpec, ladder: BucketLadder, max_seq_len: int) -> None:
-        """Makes pages, buffers, plans of prefill and a runner; the compiled step is the same for any."""
-        groups = [self.binding.spec]
-        self.planner = Planner(groups, cache, self.device, self.backend, self.cascade)
-        self.cache = KVCache(self.num_layers, self.binding.spec, cache, self.device)
-        self.binding.bind(self.cache)
+    def lay_out(self, caches: Sequence[CacheSpec], ladder: BucketLadder, max_seq_len: int) -> None:
+        """Makes pages of each layer group, buffers, plans of prefill and a runner; the compiled step is the same for
+        any."""
+        groups = self.binding.groups
+        self.planner = Planner(groups, caches, self.device, self.backend, self.cascade)
+        self.caches = self.binding.allocate(caches)
         self.state = StepState(
             max_batch=ladder.max,
             max_seq_len=max_seq_len,
-            page_size=cache.page_size,
+            page_size=self.planner.cache.page_size,
             groups=groups,
             device=self.device,
         )
@@ -107,13 +109,18 @@ class Executor:
         longest = min(self.max_prefill_tokens, ladder.max * max_seq_len)
         self._prefill_plan = self.planner.prefill(self.prefill_kernel, longest)
 
+    def pools(self, *, prefix_cache: bool) -> GroupPools:
+        """New books of who holds which page of each layer group."""
+        pools = [PagePool(cache.num_pages, cache.page_size, prefix_cache=prefix_cache) for cache in self.planner.caches]
+        return GroupPools(pools, [spec.window for spec in self.planner.groups])
+
     def release(self) -> None:
         """Frees graphs, pages and buffers, to the last byte for others; `lay_out` makes new ones."""
         if self.runner is not None:
             self.runner.close()
         self.binding.unbind()
-        if "cache" in vars(self):
-            self.cache.layers.clear()  # who still holds the cache must not keep the bytes
+        for cache in self.caches:
+            cache.layers.clear()  # who still holds the cache must not keep the bytes
         for name in ("planner", "state", "_prefill_plan", "_draws"):
             vars(self).pop(name, None)
         self.step.draw, self._rows = most_likely, []
@@ -136,7 +143,7 @@ class Executor:
                 if not is_out_of_memory(error):
                     raise
                 raise DeviceMemoryError(
-                    f"a prefill of {self.max_prefill_tokens} tokens does not fit beside {mib(self.cache.num_bytes)} "
+                    f"a prefill of {self.max_prefill_tokens} tokens does not fit beside {mib(self.cache_bytes)} "
                     f"MiB of cache ({first_line(error)}): lower max_prefill_tokens, or give the cache less (kv_bytes, "
                     "num_pages or memory_fraction)"
                 ) from error
@@ -158,7 +165,7 @@ class Executor:
         batch = ragged_batch(
             [request.tokens[start:end] for request, start, end in zip(requests, starts, ends, strict=True)],
             starts,
-            [[request.table.pages for request in requests]],
+            self._tables(requests),
             page_size=self.state.page_size,
             device=self.device,
             lengths=None if rule is None else [rule.counted(len(r.prompt), r.computed_as) for r in requests],
@@ -184,7 +191,7 @@ class Executor:
             logits_BV, token_ids_B = self.runner.run(
                 [request.tokens[-1] for request in rows],
                 [len(request.tokens) for request in rows],
-                [[request.table.pages for request in rows]],
+                self._tables(rows),
                 [request.drawn_at if request.num_unread else None for request in rows],
             )
         for request in rows:
@@ -244,11 +251,16 @@ class Executor:
         """Bytes of the model's weights and buffers."""
         return tensor_bytes(tensors[name] for tensors, name in self._weights)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(cache.num_bytes for cache in self.caches)
+
     def parts(self) -> dict[str, int]:
         """Bytes in tensors by what they are for."""
         return {
             "weights": self.weight_bytes,
-            "KV pages": self.cache.num_bytes,
+            **page_lines(self.caches),
             WORKSPACES: self.planner.num_bytes,
             "step buffers": self.state.num_bytes + self._draws.num_bytes,
             "logits": self.runner.num_bytes,
@@ -273,7 +285,7 @@ class Executor:
         length = min(num_tokens, self.state.max_seq_len)
         num_rows, page_size = min(max(1, num_tokens // length), max_batch), self.state.page_size
         pages = [NULL_PAGE] * -(-length // page_size)
-        rows = ([[0] * length] * num_rows, [0] * num_rows, [[pages] * num_rows])
+        rows = ([[0] * length] * num_rows, [0] * num_rows, [[pages] * num_rows] * len(self.caches))
         batch = ragged_batch(*rows, page_size=page_size, device=self.device)
         self.logits(batch, batch.qo_indptr_B1[1:].long() - 1)
 
@@ -282,6 +294,11 @@ class Executor:
         self._prefill_plan.plan(batch)
         with torch.no_grad(), active_plans(self._prefill_plan.groups):
             return self.step.logits(batch.token_ids_N, batch.positions_N, self._upload(last))
+
+    def _tables(self, requests: Sequence[Request]) -> list[list[list[int]]]:
+        """Each group's pages of each request."""
+        groups = range(len(self.caches))
+        return [[request.pages.tables[group].pages for request in requests] for group in groups]
 
     def _read_addresses(self) -> list[int]:
         return [address for tensors, name in self._weights for address in _addresses(tensors[name])]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ..backends.cascade import CascadeBackend
+from ..groups import GroupPools
 from ..plan import Planner
+from ..spec import CacheSpec
 from .executor import Executor
 from .scheduler import Scheduler
 from .step import ModelStep
@@ -11,7 +13,7 @@ from .step import ModelStep
 
 def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str) -> str:
     """Mode, backend, rope, ladder, pages, `how` they were sized, and how steps have run; a line each."""
-    run, step, planner, pool = executor.runner, executor.step, executor.planner, scheduler.pool
+    run, step, planner, pools = executor.runner, executor.step, executor.planner, scheduler.pools
     counts = run.counts
     buckets = ", ".join(
         _bucket(executor, bucket, backend) for bucket in run.ladder for backend in planner.names(bucket)
@@ -19,24 +21,22 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str
     mode = "captured in CUDA graphs" if run.uses_graphs else "eager (no CUDA graphs)"
     compiled = f"compiled, {step.num_compiles} graphs" if step.compile else "not compiled"
     shortage = run.shortage or executor.shortage
-    fp8 = ", fp8" if planner.cache.is_fp8 else ""
     return "\n".join(
         (
             f"decode      {mode}, {compiled}",
             f"prefill     no CUDA graphs, {compiled}; {executor.about_prefill}",
             f"backend     {', '.join(planner.all_names)} on {executor.device}",
             *_cascade(planner),
-            f"layers      {executor.num_layers} x {executor.binding.spec}{_widened(executor)}",
+            *_layers(executor),
             f"rope        {_rope(executor)}",
             f"merged      {_merged(executor)}",
             f"linears     {_linears(step)}",
             f"buckets     {buckets}; {run.ladder.waste(run.rows):.0%} of the rows computed were padding",
-            f"pages       {pool.num_usable} of {pool.page_size} tokens ({planner.cache.layout}{fp8}), {pool.num_used} "
-            f"in use, {pool.num_cached} cached; max_seq_len {max_seq_len}",
+            *_pages(pools, planner.cache, max_seq_len),
             f"memory      {how}",
             *(() if shortage is None else (f"left out    {shortage}",)),
             f"steps       {counts['replay']} replayed, {counts['eager']} eager, {counts['guard']} stopped by the plan "
-            f"guard; {scheduler.num_preemptions} preemptions, {pool.num_hits} tokens from the prefix cache",
+            f"guard; {scheduler.num_preemptions} preemptions, {pools.pools[0].num_hits} tokens from the prefix cache",
         )
     )
 
@@ -58,14 +58,33 @@ def _cascade(planner: Planner) -> tuple[str, ...]:
     return (f"cascade     {planner.num_shared} steps attended once to pages that rows share",)
 
 
+def _layers(executor: Executor) -> list[str]:
+    """A line for each layer group."""
+    binding = executor.binding
+    return [
+        f"layers      {len(binding.layers_of(group))} x {spec}{_widened(binding.widths[group])}"
+        for group, spec in enumerate(binding.groups)
+    ]
+
+
+def _pages(pools: GroupPools, cache: CacheSpec, max_seq_len: int) -> list[str]:
+    """A line for each layer group."""
+    kind = f"{cache.layout}, fp8" if cache.is_fp8 else cache.layout
+    return [
+        f"pages       {pool.num_usable} of {pool.page_size} tokens ({kind}), {pool.num_used} in use, "
+        f"{pool.num_cached} cached; "
+        + (f"max_seq_len {max_seq_len}" if window is None else f"given back behind a window of {window}")
+        for pool, window in zip(pools.pools, pools.windows, strict=True)
+    ]
+
+
 def _linears(step: ModelStep) -> str:
     if not step.num_folded:
         return "all by torch"
     return f"{step.num_folded} by a kernel of ours where rows are few, with the norms, gates and residuals beside them"
 
 
-def _widened(executor: Executor) -> str:
-    widths = executor.binding.widths
+def _widened(widths: tuple[int, int] | None) -> str:
     if widths is None:
         return ""
     return f"; the model's own heads are {widths[0]} wide, values {widths[1]}, the rest are zeros"

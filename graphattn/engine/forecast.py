@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..cache import KVCache
 from ..ledger import CACHE, Ledger
 from ..memory import SEGMENT, SMALL
 from ..profile import CaptureProfile, StartCosts
-from ..spec import AttentionSpec, CacheSpec
-from .accounts import KERNELS, WORKSPACES
+from .accounts import KERNELS, WORKSPACES, page_lines
 
 SPLIT = 1 << 20  # bytes: of what is left of a segment, torch gives more than that to others
 
@@ -44,16 +44,15 @@ class Forecast:
     free: int | None = None
 
     @classmethod
-    def of(cls, base: Ledger, cache: CacheSpec, spec: AttentionSpec, num_layers: int, costs: Costs | None) -> Forecast:
-        """For a ledger as it was before the start, the cache, and what else a start takes if that is known."""
-        cache_bytes = num_layers * cache.num_pages * cache.page_bytes(spec)
+    def of(cls, base: Ledger, caches: Sequence[KVCache], costs: Costs | None) -> Forecast:
+        """For a ledger as it was before the start, the caches, and what else a start takes if that is known."""
+        cache_bytes = sum(cache.num_bytes for cache in caches)
         before = {line.name: line.bytes for line in base.lines}
-        lines = {"weights": before["weights"], "KV pages": cache_bytes}
+        lines = {"weights": before["weights"], **page_lines(caches)}
         if costs is None:
             return cls(lines=lines)
         lines |= {name: before.get(name, 0) + grown for name, grown in costs.growth.items()}
-        line, unused = unused_bytes(cache, spec, num_layers)
-        if base.meters.source == "driver":
+        for line, unused in map(unused_bytes, caches if base.meters.source == "driver" else ()):
             lines[line] = lines.get(line, 0) + unused
             cache_bytes += unused
         grown = sum(costs.growth.values()) + cache_bytes
@@ -86,8 +85,9 @@ def stored_costs(profile: CaptureProfile, settings: Mapping[str, Any]) -> StartC
     )
 
 
-def unused_bytes(cache: CacheSpec, spec: AttentionSpec, num_layers: int) -> tuple[str, int]:
+def unused_bytes(cache: KVCache) -> tuple[str, int]:
     """What torch takes from the device for a cache beyond its bytes, and the line of the ledger that has it."""
-    tensor_bytes = cache.num_pages * cache.page_bytes(spec) // 2
+    num_tensors = 2 * len(cache.layers)
+    tensor_bytes = cache.num_bytes // num_tensors
     unused = -tensor_bytes % SEGMENT if tensor_bytes >= SMALL else 0
-    return CACHE if unused > SPLIT else "other torch", 2 * num_layers * unused
+    return CACHE if unused > SPLIT else "other torch", num_tensors * unused

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..errors import InvalidArgumentError
 from ..hf.binding import Binding
 from ..ledger import Ledger
-from ..pages import PagePool
 from ..profile import CaptureProfile, origin
 from ..sampling import SamplingParams
 from ..scales import KVScales
@@ -43,7 +42,7 @@ class LLM:
     attaches to the model it is given and restores it in `close()`.
 
     Args:
-        model: a model folder, a `.gguf` file, a name on the hub, or a loaded transformers model (eval mode).
+        model: a model folder, a `.gguf` file, a name on the hub, or a loaded transformers model in eval mode.
         tokenizer: for a loaded model; without one, prompts are token ids and results have no text.
         dtype, device: of the weights when loading; None for what the file holds, and for CUDA where there is one.
         backend: "auto" (the profile's, or the fused one or else FlashInfer on CUDA, the reference elsewhere), "fused",
@@ -56,14 +55,14 @@ class LLM:
         max_seq_len: tokens of a request, prompt and generated; None for the model's limit, or what the pages hold.
         buckets: batch sizes to capture; None for a ladder that suits `max_batch`. `max_batch` is always added.
         page_size: tokens in a page.
-        num_pages, kv_bytes: pages of the cache, the null page among them, or its bytes; give one of them or neither.
+        num_pages, kv_bytes: pages of each layer group, with the null page (with a window those it can use), or bytes.
         memory_fraction: with neither, what the engine may take, all in all, of the memory that is free once the model
             is loaded (no more than `max_batch` requests of `max_seq_len` can use).
         on_kv_oom: where memory does not hold that cache: "raise", or "shrink" it to what is free then, with a warning.
         on_capture_oom: where it does not hold a graph: "raise", or "shrink" ladder and `max_batch`, with a warning.
         kv_cache_dtype: "fp8" keeps keys and values in e4m3, a byte each; "auto" in the model's own dtype.
         kv_scales: of an fp8 cache, as `calibrate` gives them, or a file of them; None for 1.0 everywhere.
-        layout: of a page: "NHD" (slots before heads), "HND" or "auto", which is NHD.
+        layout: of a page: "NHD" (slots first), "HND" or "auto", which is NHD.
         capture_profile: a file of `tools/capture.py` with the ladder and each bucket's backend; refused if it was made
             for another `max_batch`, model, page, device or version.
         record_batches: a file for `tools/capture.py`: `close()` writes how many steps ran with how many rows into it.
@@ -145,7 +144,7 @@ class LLM:
             undo.callback(self._executor.close)
             vocab_size, limit = vocab_size_of(model), length_limit(binding, max_seq_len)
             kind = {"page_size": page_size, "layout": layout, "kv_cache_dtype": kv_cache_dtype}
-            sizing = Sizing.of(binding, ask, **kind, max_batch=max_batch, limit=limit)
+            sizing = Sizing.of(binding, ask, **kind, max_batch=max_batch, num_new=max_prefill_tokens, limit=limit)
             if check:
                 prove(binding, sizing.smallest, self._executor.backend, prefill=prefill)
             if profile is not None:
@@ -153,18 +152,19 @@ class LLM:
             if (scales := scales_for(kv_scales, sizing.smallest)) is not None:
                 binding.set_scales(scales)
             self._start = Start(self._executor, sizing, ladder, limit=limit, profile=profile, progress=progress)
-            cache = self._start.run(max_seq_len)
+            self._start.run(max_seq_len)
             undo.pop_all()
-        self.pool = PagePool(cache.num_pages, page_size, prefix_cache=prefix_cache)
-        self.max_seq_len = self._executor.state.max_seq_len
-        max_batch = self._executor.runner.ladder.max
+        self.pools = self._executor.pools(prefix_cache=prefix_cache)
+        self.pool = self.pools.pools[0]
+        self.max_seq_len, max_batch = self._executor.state.max_seq_len, self._executor.runner.ladder.max
         self.model, self.tokenizer = model, tokenizer
         # An LLM that is dropped without close() must not leave the model attached, with nobody left to detach it.
         self._finalizer = weakref.finalize(self, self._executor.close)
         self._finalizer.atexit = False
-        self._prompts = PromptReader(tokenizer, vocab_size=vocab_size, limit=limit, pool=self.pool)
+        sizes = {"vocab_size": vocab_size, "limit": limit, "num_new": max_prefill_tokens}
+        self._prompts = PromptReader(tokenizer, self.pools, **sizes)
         limits = {"max_batch": max_batch, "max_prefill_tokens": max_prefill_tokens, "length_rule": binding.length_rule}
-        self._scheduler = Scheduler(self.pool, **limits)
+        self._scheduler = Scheduler(self.pools, **limits)
         self._engine = Engine(
             self._executor,
             self._scheduler,
@@ -273,7 +273,7 @@ class LLM:
             InvalidArgumentError: a name or shape is not the model's; weights before it are loaded. Or scales that are
                 not for this model and cache; nothing is loaded.
         """
-        scales = scales_for(kv_scales, self._executor.cache.cache)
+        scales = scales_for(kv_scales, self._executor.planner.cache)
         self._engine.land()
         try:
             if scales is not None:
@@ -281,7 +281,7 @@ class LLM:
             self._executor.load_weights(weights)
         finally:
             self._scheduler.preempt(self._scheduler.running)
-            self.pool.clear_prefixes()
+            self.pools.clear_prefixes()
 
     def explain(self) -> str:
         """What is in force: mode, backend, rope, ladder, pages, and how steps have run."""
@@ -311,7 +311,7 @@ class LLM:
         self._check_open()
         if self.has_work:
             raise InvalidArgumentError("time_steps runs alone, and there are requests: finish or abort them first")
-        return time_steps(self._executor, self.pool, num_rows, context, num_steps=num_steps, eager=eager)
+        return time_steps(self._executor, self.pools, num_rows, context, num_steps=num_steps, eager=eager)
 
     def profile(
         self, step_times: Mapping[int, Sequence[StepTime]] | None = None, ladder: Sequence[int] | None = None

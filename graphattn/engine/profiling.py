@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..errors import InvalidArgumentError, OutOfPagesError
-from ..pages import BlockTable, PagePool
+from ..groups import GroupPools
 from ..profile import BackendProfile, BucketProfile, CaptureProfile, StartCosts, origin
 from ..spans import StepTime, backend_at
 from .executor import Executor
@@ -17,7 +17,7 @@ WARM_STEPS = 3
 
 
 def time_steps(
-    executor: Executor, pool: PagePool, num_rows: int, context: int, *, num_steps: int, eager: bool
+    executor: Executor, pools: GroupPools, num_rows: int, context: int, *, num_steps: int, eager: bool
 ) -> list[float]:
     """Seconds of each of `num_steps` decode steps; `LLM.time_steps` says of what.
 
@@ -33,24 +33,27 @@ def time_steps(
             f"rows of {context} tokens grow to {last} in {num_steps} timed steps and {WARM_STEPS} before, max_seq_len "
             f"is {state.max_seq_len}: raise it, or ask for less"
         )
-    needed, there = num_rows * pool.pages_for(last), pool.num_usable
-    if needed > there:
-        raise OutOfPagesError(
-            f"{needed} pages needed for {num_rows} rows of {last} tokens, the cache has {there} "
-            f"(page_size={pool.page_size}): time fewer rows or a shorter context, or give the cache more"
-        )
     runner.ladder.pick(num_rows)
     generator = torch.Generator().manual_seed(num_rows)
     vocab = executor.model.get_input_embeddings().num_embeddings
     fed = torch.randint(0, vocab, (num_rows,), generator=generator).tolist()
     drawn: list[int] | None = None  # where a row's last draw lies, from the second step on
-    tables = [BlockTable(pool) for _ in range(num_rows)]
+    rows = [pools.row() for _ in range(num_rows)]
+    for row in rows:
+        row.drop_behind(context - 1)
+    for of_one, pool in zip(rows[0].missing(last), pools.pools, strict=True):
+        needed, there = num_rows * of_one, pool.num_usable
+        if needed > there:
+            raise OutOfPagesError(
+                f"{needed} pages needed for {num_rows} rows of {last} tokens, the cache has {there} "
+                f"(page_size={pool.page_size}): time fewer rows or a shorter context, or give the cache more"
+            )
     counted = (runner.rows.copy(), runner.served.copy(), runner.counts.copy())
     marks = []
     try:
-        for table in tables:
-            table.grow(last)
-        pages = [[table.pages for table in tables]]
+        for row in rows:
+            row.grow(last)
+        pages = [list(tables) for tables in zip(*(row.pages for row in rows), strict=True)]
         executor.check_model()
         executor.draw_greedily(num_rows)
         for done in range(WARM_STEPS + num_steps):
@@ -61,8 +64,8 @@ def time_steps(
         marks.append(_mark(executor.device))
         return _between(marks)
     finally:
-        for table in tables:
-            table.release()
+        for row in rows:
+            row.release()
         runner.rows, runner.served, runner.counts = counted
 
 

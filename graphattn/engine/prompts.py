@@ -7,7 +7,7 @@ from numbers import Integral
 from operator import index
 
 from ..errors import InvalidRequestError, OutOfPagesError
-from ..pages import PagePool
+from ..groups import GroupPools
 from ..sampling import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -19,13 +19,15 @@ class PromptReader:
 
     Args:
         tokenizer: for text; None if there is none.
+        pools: the pages that a request must fit in.
         vocab_size: ids go from 0 to it, itself left out.
         limit: tokens a request may reach, pages aside; None for no such limit.
-        pool: the pages that a request must fit in.
+        num_new: tokens of it that are computed at once at most.
     """
 
-    def __init__(self, tokenizer, *, vocab_size: int, limit: int | None, pool: PagePool):
-        self._tokenizer, self._vocab_size, self._limit, self._pool = tokenizer, vocab_size, limit, pool
+    def __init__(self, tokenizer, pools: GroupPools, *, vocab_size: int, limit: int | None, num_new: int):
+        self._tokenizer, self._vocab_size, self._limit = tokenizer, vocab_size, limit
+        self._room, self._pool = pools.tightest(num_new)
 
     def read_all(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -67,7 +69,7 @@ class PromptReader:
             raise InvalidRequestError(
                 f"{name} has {len(ids)} tokens, max_seq_len is {self._limit}: there is no room to generate"
             )
-        if len(ids) >= self._pool.capacity_tokens:
+        if self._room is not None and len(ids) >= self._room:
             raise OutOfPagesError(
                 f"{name} has {len(ids)} tokens and needs {self._pool.pages_for(len(ids) + 1)} pages to generate one "
                 f"more, the cache has {self._pool.num_usable} (page_size={self._pool.page_size}): give the cache more"

@@ -66,15 +66,15 @@ def _run(executor: Executor, cache: CacheSpec) -> None:
     prompts, (num_rows, num_columns) = oracle.prompts, oracle.ids.shape
     per_row = -(-num_columns // page_size)
     tables = [[1 + row * per_row + page for page in range(per_row)] for row in range(num_rows)]
-    cache = replace(cache, num_pages=1 + num_rows * per_row, dtype=cache.query_dtype)
-    executor.lay_out(cache, BucketLadder((num_rows,)), num_columns)
+    cache, groups = replace(cache, num_pages=1 + num_rows * per_row, dtype=cache.query_dtype), binding.groups
+    executor.lay_out([cache] * len(groups), BucketLadder((num_rows,)), num_columns)
     executor.runner.capture()
     executor.draw_greedily(num_rows)
     ids = oracle.ids.tolist()
     batch = ragged_batch(
         [row[:length] for row, length in zip(ids, prompts, strict=True)],
         [0] * num_rows,
-        [[table[: -(-length // page_size)] for table, length in zip(tables, prompts, strict=True)]],
+        [[table[: -(-length // page_size)] for table, length in zip(tables, prompts, strict=True)]] * len(groups),
         page_size=page_size,
         device=executor.device,
     )
@@ -87,5 +87,5 @@ def _run(executor: Executor, cache: CacheSpec) -> None:
     asked = Tokens(rows, ends, rows)
     fed = [row[length] for row, length in zip(ids, prompts, strict=True)]
     with torch.no_grad(), oracle.compared(binding.layers, asked):
-        logits, _ = executor.runner.run(fed, [length + 1 for length in prompts], [tables])
+        logits, _ = executor.runner.run(fed, [length + 1 for length in prompts], [tables] * len(groups))
     oracle.check_logits(logits, asked)

@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..pages import BlockTable
+from ..groups import RowPages
 from ..sampling import Ask, RowSampling, SamplingParams
 from .text import TextStream
 
@@ -86,6 +86,7 @@ class Request:
     Attributes:
         tokens: prompt and generated ids; the last `num_unread` of them were drawn, but are not known here yet.
         num_computed: tokens whose keys and values are in the cache, or on the way there.
+        pages: in every layer group.
         drawn_at: where in the step's state the last of them lies, if it is unread.
         stop_ids: ids that end it.
         max_tokens: tokens it may generate.
@@ -102,7 +103,7 @@ class Request:
     seed: int
     max_tokens: int
     stop_ids: frozenset[int]
-    table: BlockTable
+    pages: RowPages
     text: TextStream | None
     streams: bool
     outbox: deque[Delta]
@@ -189,7 +190,7 @@ class Request:
         return "length" if at + 1 - len(self.prompt) >= self.max_tokens else None
 
     def _commit(self) -> None:
-        self.table.commit(self.tokens, min(self.num_computed, len(self.tokens) - self.num_unread))
+        self.pages.commit(self.tokens, min(self.num_computed, len(self.tokens) - self.num_unread))
 
     def progress(self, token_id: int) -> Delta:
         """What the step added to a request that goes on."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import OutOfPagesError
-from ..pages import PagePool
+from ..groups import GroupPools
 from ..rope import LengthRule
 from .request import Request
 
@@ -36,11 +36,12 @@ class Schedule:
 class Scheduler:
     """First come, first served; the youngest gives way when pages run out.
 
-    A request is admitted with pages for all its tokens, or waits. A row with one token to compute decodes, others
-    prefill. A preempted request loses its pages and is recomputed from its tokens, so its text stays what it was.
+    A request is admitted with pages for all its tokens, or waits; in layer groups with windows only with those for what
+    is computed next, and those behind the window go back. A row with one token to compute decodes, others prefill. A
+    preempted request loses its pages and is recomputed from its tokens, so its text stays what it was.
 
     Args:
-        pool: the pages.
+        pools: the pages of every layer group.
         max_batch: requests that run at once.
         max_prefill_tokens: prompt tokens computed in one step.
         length_rule: what rotary frequencies that depend on a request's length mean for it; None if they do not.
@@ -52,10 +53,10 @@ class Scheduler:
     """
 
     def __init__(
-        self, pool: PagePool, *, max_batch: int, max_prefill_tokens: int, length_rule: LengthRule | None = None
+        self, pools: GroupPools, *, max_batch: int, max_prefill_tokens: int, length_rule: LengthRule | None = None
     ):
         self._length_rule = length_rule
-        self.pool, self.max_batch, self.max_prefill_tokens = pool, max_batch, max_prefill_tokens
+        self.pools, self.max_batch, self.max_prefill_tokens = pools, max_batch, max_prefill_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -68,7 +69,7 @@ class Scheduler:
         for queue in (self.running, self.waiting):
             if request in queue:
                 queue.remove(request)
-        request.table.release()
+        request.pages.release()
 
     def schedule(self) -> Schedule:
         """The next step's work; admits and preempts as pages allow.
@@ -76,14 +77,23 @@ class Scheduler:
         Raises:
             OutOfPagesError: nothing runs and still the first request gets no pages, since something else holds them.
         """
-        decode = self._decoding()
-        budget, prefill = self.max_prefill_tokens, []
-        for request in self.running:
-            if request.num_pending > 1 and not request.is_spent and budget > 0:
-                prefill.append(Chunk(request, min(request.num_pending, budget)))
-                budget -= prefill[-1].num_tokens
+        budget, prefill, decode, at = self.max_prefill_tokens, [], [], 0
+        while at < len(self.running):  # what is preempted meanwhile stands at `at` or behind it
+            request = self.running[at]
+            if self._outgrows(request):
+                self.preempt([request])
+                continue
+            decodes = request.num_pending == 1
+            count = 0 if request.is_spent else 1 if decodes else min(request.num_pending, budget)
+            if count and self._make_room(request, count):
+                if decodes:
+                    decode.append(request)
+                else:
+                    prefill.append(Chunk(request, count))
+                    budget -= count
+            at += 1
         while budget > 0 and self.waiting and len(self.running) < self.max_batch:
-            request = self._admit()
+            request = self._admit(budget)
             if request is None:
                 break
             if request.num_pending == 1:
@@ -92,11 +102,7 @@ class Scheduler:
                 prefill.append(Chunk(request, min(request.num_pending, budget)))
                 budget -= prefill[-1].num_tokens
         if self.waiting and not self.running and not self.waiting[0].num_unread:
-            needed = self.pool.pages_for(len(self.waiting[0].tokens))
-            raise OutOfPagesError(
-                f"request {self.waiting[0].id} needs {needed} pages, no other request runs and {self.pool.num_free} of "
-                f"{self.pool.num_usable} are free: release the pages taken from this pool outside the engine"
-            )
+            raise OutOfPagesError(self._starved(self.waiting[0]))
         return Schedule(prefill, decode)
 
     def preempt(self, requests: Sequence[Request]) -> None:
@@ -106,34 +112,21 @@ class Scheduler:
         self.running = [request for request in self.running if request not in chosen]
         self.waiting.extendleft(reversed(preempted))
         for request in reversed(preempted):
-            request.table.release()
+            request.pages.release()
             request.num_computed = 0
             request.preemptions += 1
         self.num_preemptions += len(preempted)
-
-    def _decoding(self) -> list[Request]:
-        """Running requests with one token to compute, each given the page that it needs."""
-        decode, at = [], 0
-        while at < len(self.running):  # what is preempted meanwhile stands at `at` or behind it
-            request = self.running[at]
-            if self._outgrows(request):
-                self.preempt([request])
-                continue
-            if request.num_pending == 1 and not request.is_spent and self._make_room(request):
-                decode.append(request)
-            at += 1
-        return decode
 
     def _outgrows(self, request: Request) -> bool:
         """Whether what is computed of a request is not what its next token must see."""
         rule = self._length_rule
         return rule is not None and not request.is_spent and rule.outgrows(request.computed_as, len(request.tokens))
 
-    def _make_room(self, request: Request) -> bool:
-        """Gives a request the page its next token needs, preempting the youngest first; False if it was itself."""
+    def _make_room(self, request: Request, count: int) -> bool:
+        """Gives a request the pages its next tokens need, preempting the youngest first; False if it was itself."""
         while True:
             try:
-                request.table.grow(len(request.tokens))
+                request.pages.grow(request.num_computed + count)
                 return True
             except OutOfPagesError:
                 youngest = self.running[-1]
@@ -141,23 +134,36 @@ class Scheduler:
                 if youngest is request:
                     return False
 
-    def _admit(self) -> Request | None:
-        """Moves the first waiting request to the running ones if all its tokens are known and it gets their pages."""
+    def _admit(self, budget: int) -> Request | None:
+        """Moves the first waiting request to the running ones if all its tokens are known and it gets their pages; in
+        groups with windows those of what `budget` has it compute first."""
         # One page to spare for each running row, or it would be preempted again at once.
-        request, spare = self.waiting[0], len(self.running)
-        if request.num_unread or self.pool.num_free <= spare:
+        request, spare, pools = self.waiting[0], len(self.running), self.pools.pools
+        if request.num_unread or any(pool.num_free <= spare for pool in pools):
             return None
         rule, num_tokens = self._length_rule, len(request.tokens)
         key = 0 if rule is None else rule.prefix_key(len(request.prompt), num_tokens)
-        cached = request.table.reuse_prefix(request.tokens, key)
-        missing = self.pool.pages_for(len(request.tokens)) - len(request.table.pages)
-        if missing + spare > self.pool.num_free:
-            request.table.release()
-            self.pool.num_hits -= cached  # it was not used, and is asked for again at the next step
+        cached = request.pages.reuse_prefix(request.tokens, key)
+        end = min(num_tokens, cached + budget)
+        missing = request.pages.missing(end, num_tokens)
+        if any(count + spare > pool.num_free for count, pool in zip(missing, pools, strict=True)):
+            request.pages.refuse_prefix()  # it is asked for again at the next step
             return None
-        request.table.grow(len(request.tokens))
+        request.pages.grow(end, num_tokens)
         request.num_computed, request.computed_as = cached, num_tokens
         if request.cached_tokens is None:
             request.cached_tokens = cached
         self.running.append(self.waiting.popleft())
         return request
+
+    def _starved(self, request: Request) -> str:
+        """Why a request that is alone gets no pages."""
+        num_tokens = len(request.tokens)
+        needed = request.pages.missing(min(num_tokens, self.max_prefill_tokens), num_tokens)
+        each = [
+            f"{count} pages, no other request runs and {pool.num_free} of {pool.num_usable} are free"
+            for count, pool in zip(needed, self.pools.pools, strict=True)
+            if count > pool.num_free or len(needed) == 1
+        ]
+        what = f"request {request.id} needs {' and '.join(each)}"
+        return f"{what}: release the pages taken from this pool outside the engine"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import DeviceMemoryError, InvalidArgumentError, OutOfPagesError
+from ..groups import row_limit, row_pages
 from ..hf.binding import Binding
 from ..hf.load import max_positions
 from ..ledger import Ledger, mib
-from ..memory import pages_that_fit
+from ..memory import SEGMENT, SMALL
 from ..spec import FP8, AttentionSpec, CacheSpec
 from .forecast import Costs
 
@@ -51,22 +52,48 @@ def length_limit(binding: Binding, max_seq_len: int | None) -> int | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupSize:
+    """One layer group: what it computes, how many layers it has, and more pages than requests can ever use in it; None
+    where they have no limit."""
+
+    spec: AttentionSpec
+    num_layers: int
+    max_pages: int | None
+
+
+def usable_pages(window: int | None, page_size: int, *, max_batch: int, num_new: int, limit: int | None) -> int | None:
+    """Pages of a group, the null page among them, of which requests can use no more; None where they have no limit.
+
+    Args:
+        window: tokens that a token of the group sees, itself included; None for all.
+        page_size: tokens in a page.
+        max_batch: requests that run at once.
+        num_new: tokens that all of them compute at once at most, beside those that decode.
+        limit: tokens that a request may reach; None for no limit.
+    """
+    whole = None if limit is None else 1 + max_batch * -(-limit // page_size)
+    if window is None:
+        return whole
+    # Beside its window a row has the page it fills, and one that scheduling keeps free for it.
+    windows = 1 + max_batch * (row_pages(window, page_size, 1) + 1) + -(-num_new // page_size)
+    return windows if whole is None else min(whole, windows)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sizing:
     """Arithmetic of one model's cache.
 
     Attributes:
         ask: what was asked for.
         smallest: a cache of 2 pages.
-        spec: of a layer.
-        num_layers: how many.
-        max_pages: more than requests can ever use; None where they have no limit.
+        groups: the layer groups.
+        num_new: tokens of a request that are computed at once at most.
     """
 
     ask: CacheAsk
     smallest: CacheSpec
-    spec: AttentionSpec
-    num_layers: int
-    max_pages: int | None
+    groups: tuple[GroupSize, ...]
+    num_new: int
 
     @classmethod
     def of(
@@ -78,6 +105,7 @@ class Sizing:
         page_size: int,
         layout: str,
         max_batch: int,
+        num_new: int,
         limit: int | None,
     ) -> Sizing:
         """For a bound model, so many requests and so many tokens of each.
@@ -95,20 +123,58 @@ class Sizing:
         return cls(
             ask=ask,
             smallest=CacheSpec(num_pages=2, page_size=page_size, dtype=dtype, layout=layout, query_dtype=computed),
-            spec=binding.spec,
-            num_layers=len(binding.layers),
-            max_pages=None if limit is None else 1 + max_batch * -(-limit // page_size),
+            groups=tuple(
+                GroupSize(
+                    spec=spec,
+                    num_layers=len(binding.layers_of(group)),
+                    max_pages=usable_pages(spec.window, page_size, max_batch=max_batch, num_new=num_new, limit=limit),
+                )
+                for group, spec in enumerate(binding.groups)
+            ),
+            num_new=num_new,
         )
 
     @property
-    def page_bytes(self) -> int:
-        """Of a page in all layers."""
-        return self.num_layers * self.smallest.page_bytes(self.spec)
+    def max_pages(self) -> int | None:
+        """More than requests can ever use in any group; None where they have no limit."""
+        each = [group.max_pages for group in self.groups]
+        return None if None in each else max(each)
+
+    def caches(self, num_pages: int) -> list[CacheSpec]:
+        """That of each layer group where one may have so many pages: others have as many, or what their windows can use
+        if that is less."""
+        widest = self.max_pages
+        return [
+            replace(
+                self.smallest,
+                num_pages=num_pages if group.max_pages == widest else min(num_pages, group.max_pages or num_pages),
+            )
+            for group in self.groups
+        ]
+
+    def bytes_of(self, num_pages: int, *, in_segments: bool = False) -> int:
+        """Of all groups' pages where one may have so many; `in_segments` as torch takes them from the device."""
+        total = 0
+        for group, cache in zip(self.groups, self.caches(num_pages), strict=True):
+            tensor_bytes = cache.num_pages * cache.page_bytes(group.spec) // 2
+            if in_segments and tensor_bytes >= SMALL:
+                tensor_bytes = -(-tensor_bytes // SEGMENT) * SEGMENT
+            total += 2 * group.num_layers * tensor_bytes
+        return total
+
+    def most_pages(self, budget: int, *, in_segments: bool = False) -> int:
+        """The most pages whose bytes are within a budget; 0 where not even 2 pages are."""
+        low, high = 0, budget // min(self.smallest.page_bytes(group.spec) for group in self.groups) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self.bytes_of(max(2, middle), in_segments=in_segments) <= budget
+            low, high = (middle, high) if fits else (low, middle)
+        return low if low >= 2 else 0
 
     def is_plenty(self, free: int) -> bool:
         """Whether all that requests can use is half of what may be taken, or less: what else a start takes will do with
         the other half, and need not be measured first."""
-        return self.max_pages is not None and 2 * self.max_pages * self.page_bytes <= self.ask.budget(free)
+        return self.max_pages is not None and 2 * self.bytes_of(self.max_pages) <= self.ask.budget(free)
 
     def num_pages(self, base: Ledger, costs: Costs | None) -> int:
         """Pages of the cache.
@@ -125,7 +191,13 @@ class Sizing:
         if ask.num_pages is not None:
             return ask.num_pages
         if ask.kv_bytes is not None:
-            return pages_that_fit(page_bytes=self.page_bytes, kv_bytes=ask.kv_bytes)
+            pages = self.most_pages(ask.kv_bytes)
+            if pages < 2:
+                raise InvalidArgumentError(
+                    f"kv_bytes={ask.kv_bytes}: that holds fewer than 2 pages (the null page and one more) of "
+                    f"{self.bytes_of(2) // 2} bytes in all layers; raise it, or make the pages smaller"
+                )
+            return pages
         pages = self.that_fit(base, costs)
         if pages < 2:
             raise DeviceMemoryError(self.shortage(base, costs))
@@ -133,16 +205,10 @@ class Sizing:
 
     def that_fit(self, now: Ledger, costs: Costs | None) -> int:
         """Pages that the share of what is free holds now, 0 where that is fewer than 2."""
-        reserve = 0 if costs is None else costs.num_bytes
-        if now.meters.free is None or self.ask.budget(now.meters.free) - reserve < 2 * self.page_bytes:
+        if now.meters.free is None:
             return 0
-        pages = pages_that_fit(
-            page_bytes=self.page_bytes,
-            free=now.meters.free,
-            memory_fraction=self.ask.memory_fraction,
-            reserve=reserve,
-            num_tensors=2 * self.num_layers if now.meters.source == "driver" else None,
-        )
+        budget = self.ask.budget(now.meters.free) - (0 if costs is None else costs.num_bytes)
+        pages = self.most_pages(budget, in_segments=now.meters.source == "driver")
         return pages if self.max_pages is None else min(pages, self.max_pages)
 
     def shortage(self, now: Ledger, costs: Costs | None) -> str:
@@ -154,7 +220,7 @@ class Sizing:
         )
         if costs is not None:
             text += f"{mib(costs.num_bytes)} MiB of that go to all but the cache ({costs.source}), and "
-        text += f"the rest does not hold 2 pages of {mib(self.page_bytes)} MiB. "
+        text += f"the rest does not hold 2 pages of {mib(self.bytes_of(2) // 2)} MiB. "
         for name in ("other processes", "CUDA context and other processes"):
             if name in others:
                 text += f"By its ledger {mib(others[name])} MiB are of {name}. "
@@ -164,11 +230,25 @@ class Sizing:
         )
 
 
-def check_room(cache: CacheSpec, max_seq_len: int) -> None:
+def room(sizing: Sizing, num_pages: int, limit: int | None) -> int:
+    """Tokens that a request may reach in caches where one has so many pages, and at most `limit`."""
+    caches = sizing.caches(num_pages)
+    limits = [
+        row_limit(cache.num_pages, cache.page_size, group.spec.window, sizing.num_new)
+        for group, cache in zip(sizing.groups, caches, strict=True)
+    ]
+    known = [each for each in (limit, *limits) if each is not None]
+    # Windows alone, and positions without an end: page tables have to end somewhere.
+    return min(known) if known else (max(cache.num_pages for cache in caches) - 1) * sizing.smallest.page_size
+
+
+def check_room(sizing: Sizing, num_pages: int, max_seq_len: int) -> None:
     """Raises OutOfPagesError if one request of that length does not fit."""
-    needed, usable = -(-max_seq_len // cache.page_size), cache.num_pages - 1
-    if needed > usable:
+    there = room(sizing, num_pages, max_seq_len)
+    if there < max_seq_len:
+        size = sizing.smallest.page_size
+        needed, usable = -(-max_seq_len // size), there // size
         raise OutOfPagesError(
-            f"max_seq_len={max_seq_len} needs {needed} pages, the cache has {usable} (page_size={cache.page_size}): "
+            f"max_seq_len={max_seq_len} needs {needed} pages, the cache has {usable} (page_size={size}): "
             "lower max_seq_len or give the cache more"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,11 +13,10 @@ from ..errors import DeviceMemoryError
 from ..ledger import CACHE, Ledger, mib
 from ..profile import CaptureProfile, StartCosts
 from ..shortage import first_line, is_out_of_memory
-from ..spec import CacheSpec
 from .accounts import KERNELS, base_ledger, growth
 from .executor import Executor
 from .forecast import Costs, Forecast, stored_costs, unused_bytes
-from .sizing import Sizing, check_room
+from .sizing import Sizing, check_room, room
 
 Progress = Callable[[str, int, int], None]
 
@@ -53,8 +51,8 @@ class Start:
         self.how = ""
         self._unused = 0  # bytes that torch had and nothing held before the start
 
-    def run(self, max_seq_len: int | None) -> CacheSpec:
-        """Sizes the cache, allocates it and captures; returns the cache.
+    def run(self, max_seq_len: int | None) -> None:
+        """Sizes the cache, allocates it and captures.
 
         Args:
             max_seq_len: tokens that a request must be able to reach, if that was asked.
@@ -75,19 +73,20 @@ class Start:
         may_rehearse = costs is None and sizing.ask.is_share and base.meters.source == "driver"
         if may_rehearse and not sizing.is_plenty(base.meters.free):
             costs = self._rehearse(base)
-        cache = replace(sizing.smallest, num_pages=sizing.num_pages(base, costs))
+        num_pages = sizing.num_pages(base, costs)
         self.how = self._explain(base, costs)
-        cache, base, costs = self._allocate(cache, base, costs, max_seq_len)
+        base, costs = self._allocate(num_pages, base, costs, max_seq_len)
         executor.capture(partial(self._progress, "capture"))
         executor.growth, self._unused = growth(executor, base), base.size_of(CACHE)
-        executor.forecast = Forecast.of(base, cache, sizing.spec, sizing.num_layers, costs)
-        return cache
+        executor.forecast = Forecast.of(base, executor.caches, costs)
 
     def costs(self) -> StartCosts:
         """What it took, to be stored."""
-        executor, sizing = self._executor, self._sizing
-        line, unused = unused_bytes(executor.cache.cache, sizing.spec, sizing.num_layers)
-        grown = {name: size - (unused if name == line else 0) for name, size in executor.growth.items()}
+        executor = self._executor
+        grown = dict(executor.growth)
+        for line, unused in (unused_bytes(cache) for cache in executor.caches):
+            if line in grown:
+                grown[line] -= unused
         if CACHE in grown:
             grown[CACHE] += self._unused
         return StartCosts(
@@ -106,14 +105,13 @@ class Start:
             "prefill": executor.prefill_kernel,
         }
 
-    def _room(self, cache: CacheSpec) -> int:
-        """Tokens that a request may reach in a cache."""
-        room = (cache.num_pages - 1) * cache.page_size
-        return room if self._limit is None else min(self._limit, room)
+    def _room(self, num_pages: int) -> int:
+        """Tokens that a request may reach in so many pages."""
+        return room(self._sizing, num_pages, self._limit)
 
-    def _that_fits(self, base: Ledger, costs: Costs | None) -> CacheSpec:
-        """The cache that fits beside such costs, none at all for None."""
-        return replace(self._sizing.smallest, num_pages=max(2, self._sizing.that_fit(base, costs)))
+    def _that_fit(self, base: Ledger, costs: Costs | None) -> int:
+        """The pages that fit beside such costs, none at all for None."""
+        return max(2, self._sizing.that_fit(base, costs))
 
     def _known_costs(self, base: Ledger) -> Costs | None:
         """What the profile has on a start like this one; None if it has nothing, or of another."""
@@ -136,7 +134,7 @@ class Start:
             later=sum(each.pool_bytes + each.driver_bytes for each in later),
             source="as the capture profile has it",
         )
-        return costs if self._room(self._that_fits(base, costs)) <= stored.max_seq_len else None
+        return costs if self._room(self._that_fit(base, costs)) <= stored.max_seq_len else None
 
     def _rehearse(self, base: Ledger) -> Costs:
         """Captures over a cache of 2 pages and gives all back; the compiled step stays, and serves the real start."""
@@ -161,9 +159,8 @@ class Start:
         return Costs(growth=grown, later=later, source="measured by a first capture")
 
     def _lay_out_smallest(self, base: Ledger) -> None:
-        smallest = self._sizing.smallest
         try:
-            self._executor.lay_out(smallest, self._ladder, self._room(self._that_fits(base, None)))
+            self._executor.lay_out(self._sizing.caches(2), self._ladder, self._room(self._that_fit(base, None)))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -174,20 +171,20 @@ class Start:
             ) from error
 
     def _allocate(
-        self, cache: CacheSpec, base: Ledger, costs: Costs | None, max_seq_len: int | None
-    ) -> tuple[CacheSpec, Ledger, Costs | None]:
+        self, num_pages: int, base: Ledger, costs: Costs | None, max_seq_len: int | None
+    ) -> tuple[Ledger, Costs | None]:
         """Lays the cache out, or a smaller one if that was asked for and memory has gone meanwhile.
 
         Returns:
-            The cache, the ledger right before, and what else the start takes if that is known.
+            The ledger right before, and what else the start takes if that is known.
         """
         executor, sizing = self._executor, self._sizing
         while True:
             if max_seq_len is not None:
-                check_room(cache, max_seq_len)
+                check_room(sizing, num_pages, max_seq_len)
             try:
-                executor.lay_out(cache, self._ladder, self._room(cache))
-                return cache, base, costs
+                executor.lay_out(sizing.caches(num_pages), self._ladder, self._room(num_pages))
+                return base, costs
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -195,19 +192,19 @@ class Start:
             executor.release()
             now = base_ledger(executor)
             text = (
-                f"a cache of {cache.num_pages} pages, {mib(cache.num_pages * sizing.page_bytes)} MiB, does not fit "
+                f"a cache of {num_pages} pages, {mib(sizing.bytes_of(num_pages))} MiB, does not fit "
                 f"({reason}): {mib(now.meters.free)} MiB of {now.device} are free now, "
                 f"{mib(base.meters.free)} were when it was sized ({self.how})"
             )
             if sizing.ask.on_kv_oom == "shrink" and now.meters.source == "driver":
                 costs = self._rehearse(now)  # anew if need be: of what was measured, some is loaded by now
-            fewer = min(cache.num_pages * 7 // 8, sizing.that_fit(now, costs))
+            fewer = min(num_pages * 7 // 8, sizing.that_fit(now, costs))
             if sizing.ask.on_kv_oom == "raise" or fewer < 2:
                 raise DeviceMemoryError(
                     f"{text}. About {max(fewer, 0)} pages would fit: ask for fewer (num_pages, kv_bytes or "
                     "memory_fraction), end what else uses the device, or pass on_kv_oom='shrink' to take what fits"
                 )
-            cache, base = replace(cache, num_pages=fewer), now
+            num_pages, base = fewer, now
             self.how = f"{self.how}; {fewer} pages, since memory went meanwhile"
             warnings.warn(f"{text}; {fewer} pages are tried", RuntimeWarning, stacklevel=4)
 

@@ -91,7 +91,7 @@ class Attachment:
             self._pool: GrowingPool | None = GrowingPool(self._binding, page_size=page_size, num_pages=num_pages)
             if backend == "auto" and model.device.type == "cuda":
                 backend = "flashinfer"  # every call is a ragged one; others differ in decode plans only
-            planner = Planner([self._binding.spec], self._pool.cache.cache, model.device, backend)
+            planner = Planner(self._binding.groups, self._pool.caches[0].cache, model.device, backend)
             self._plan: StepPlan | None = planner.prefill()
         except BaseException:
             self._binding.detach()
@@ -122,7 +122,8 @@ class Attachment:
         else:
             del self.model.forward
         self._binding.detach()
-        self._pool.cache.layers.clear()  # a past_key_values that is still held must not keep the bytes
+        for cache in self._pool.caches:
+            cache.layers.clear()  # a past_key_values that is still held must not keep the bytes
         self._pool = self._plan = None
 
     def __enter__(self) -> Attachment:
@@ -132,7 +133,8 @@ class Attachment:
         self.detach()
 
     def __repr__(self) -> str:
-        state = f"{len(self.layers)} layers, {self.backend}, {self._binding.spec}" if self._pool else "detached"
+        groups = ", ".join(map(str, self._binding.groups))
+        state = f"{len(self.layers)} layers, {self.backend}, {groups}" if self._pool else "detached"
         return f"Attachment({type(self.model).__name__}, {state})"
 
     def _check(self) -> None:
@@ -197,7 +199,7 @@ class Attachment:
         if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
             raise InvalidArgumentError("output_attentions: attention weights are never formed; ask for none, or detach")
         implementation = self._binding.implementation
-        is_moved = self.layers[0].k_cache.data_ptr() != self._pool.cache.layers[0][0].data_ptr()
+        is_moved = self.layers[0].k_cache.data_ptr() != self._pool.caches[0].layers[0][0].data_ptr()
         if implementation != IMPLEMENTATION or is_moved:
             raise InvalidArgumentError(
                 f"the model was moved, cast or set to attn_implementation={implementation!r} after attach: detach, do "
@@ -230,14 +232,14 @@ class Attachment:
             batch = ragged_batch(
                 [[0] * counts[row] for row in rows],  # the model embeds its own tokens
                 [starts[row] for row in rows],
-                [[cache.tables[row].pages for row in rows]],
+                [[cache.tables[row].pages for row in rows]] * len(groups),
                 page_size=self.pages.page_size,
-                device=self._pool.cache.device,
+                device=self.model.device,
             )
             self._plan.plan(batch)
         if valid_BT.all():
             return groups
-        indices_N = valid_BT.flatten().nonzero().flatten().to(self._pool.cache.device)
+        indices_N = valid_BT.flatten().nonzero().flatten().to(self.model.device)
         return [_UnpaddedPlan(group, indices_N) for group in groups]
 
 
@@ -255,13 +257,15 @@ class _UnpaddedPlan:
     """A plan over the tokens of a padded batch: padding is neither appended nor attended, and comes out as zero."""
 
     def __init__(self, plan: Plan, indices_N: Tensor):
-        self._plan, self._indices_N, self.page_shape, self.variant = plan, indices_N, plan.page_shape, plan.variant
+        self._plan, self._indices_N, self.page_shape, self.spec = plan, indices_N, plan.page_shape, plan.spec
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rotary: None = None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rotary: None, values=()
+    ) -> Tensor:
         out = q.new_zeros(q.shape)
         if len(self._indices_N):
             picked = (tensor.index_select(0, self._indices_N) for tensor in (q, k, v))
-            out.index_copy_(0, self._indices_N, self._plan.attend(*picked, k_cache, v_cache))
+            out.index_copy_(0, self._indices_N, self._plan.attend(*picked, k_cache, v_cache, rotary, values))
         return out
 
 

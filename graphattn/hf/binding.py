@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 from torch import nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
@@ -12,6 +13,7 @@ from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..layer import Attention
 from ..rope import LengthRule, Rotary
 from ..scales import KVScales
+from ..spec import AttentionSpec, CacheSpec
 from .load import max_positions
 from .merge import MergedProjections
 from .oracle import EAGER, Oracle
@@ -19,10 +21,11 @@ from .probe import (
     IMPLEMENTATION,
     PROBE,
     PROBE_UNMASKED,
+    Call,
+    layer_specs,
     probe,
     refuse_config,
     refuse_positions_by_place,
-    shared_spec,
     takes_positions_by_place,
 )
 from .rotary import RotaryTakeover
@@ -69,9 +72,10 @@ class Binding:
     Attributes:
         model: the model.
         layers: the `Attention` layers by layer index.
-        spec: what each of them computes.
+        groups: what layers compute, in the order in which the first layer of each does; `layer.group` counts them.
         rotary, merged: what was taken over and merged; None unless it packs.
-        widths: of the model's own heads, of queries and of values, where our layers have wider ones; else None.
+        widths: by group, of the model's own heads, of queries and of values, where our layers have wider ones; else
+            None.
         oracle: what was recorded, until it was compared with; None unless it checks.
 
     Raises:
@@ -96,9 +100,9 @@ class Binding:
         try:
             self._implement(PROBE)
             calls = probe(model)
-            self.spec = shared_spec(model, calls)
-            widths = (calls[0].query.shape[3], calls[0].value.shape[3])
-            self.widths = None if set(widths) == {self.spec.head_dim} else widths
+            specs = layer_specs(model, calls)
+            self.groups = tuple(dict.fromkeys(specs))
+            self.widths = tuple(_widths(calls[specs.index(spec)], spec) for spec in self.groups)
             rotaries: list[Rotary | None] = [None] * len(calls)
             if packs:
                 self._implement(PROBE_UNMASKED)
@@ -112,8 +116,8 @@ class Binding:
                 self.oracle = Oracle(model, [call.module for call in calls], self._longest_alike, is_ragged=is_ragged)
             if packs:
                 self.merged = MergedProjections(model)
-            for call, rotary in zip(calls, rotaries, strict=True):
-                self._add_layer(call.module, rotary)
+            for call, spec, rotary in zip(calls, specs, rotaries, strict=True):
+                self._add_layer(call.module, spec, rotary)
             self._implement(IMPLEMENTATION)
         except BaseException:
             self.detach()
@@ -134,10 +138,21 @@ class Binding:
     def layers(self) -> list[Attention]:
         return [getattr(module, LAYER) for module in self._modules]
 
-    def bind(self, cache: KVCache) -> None:
-        """Gives every layer its pages."""
-        for layer, pages in zip(self.layers, cache.layers, strict=True):
-            layer.bind(*pages)
+    def layers_of(self, group: int) -> list[Attention]:
+        """The layers of a group, in order."""
+        return [layer for layer in self.layers if layer.group == group]
+
+    def allocate(self, caches: Sequence[CacheSpec]) -> list[KVCache]:
+        """A cache for the layers of each group, of which every layer is given its pages."""
+        device = self.model.device
+        made = [
+            KVCache(len(self.layers_of(group)), spec, cache, device)
+            for group, (spec, cache) in enumerate(zip(self.groups, caches, strict=True))
+        ]
+        for group, cache in enumerate(made):
+            for layer, pages in zip(self.layers_of(group), cache.layers, strict=True):
+                layer.bind(*pages)
+        return made
 
     def set_scales(self, scales: KVScales) -> None:
         """Gives every layer its scales of an fp8 cache, in place where it has some.
@@ -146,7 +161,7 @@ class Binding:
             InvalidArgumentError: they are for other layers or heads; nothing was changed.
         """
         layers = self.layers
-        wanted = (len(layers), self.spec.num_kv_heads)
+        wanted = (len(layers), *{layer.spec.num_kv_heads for layer in layers})
         if tuple(scales.k.shape) != wanted:
             raise InvalidArgumentError(
                 f"kv_scales are for {tuple(scales.k.shape)} layers and kv heads, the model has {wanted}: calibrate "
@@ -178,16 +193,21 @@ class Binding:
         if self.merged is not None:
             self.merged.detach()
 
-    def _add_layer(self, module: nn.Module, rotary: Rotary | None) -> None:
-        spec = self.spec
-        options = {"window": spec.window, "softcap": spec.softcap, "rotary": rotary}
-        layer = Attention(spec.num_heads, spec.head_dim, spec.scale, spec.num_kv_heads, **options)
+    def _add_layer(self, module: nn.Module, spec: AttentionSpec, rotary: Rotary | None) -> None:
+        options = {"window": spec.window, "softcap": spec.softcap, "variant": spec.variant, "rotary": rotary}
+        group, sizes = self.groups.index(spec), (spec.num_heads, spec.head_dim, spec.scale, spec.num_kv_heads)
+        layer = Attention(*sizes, group=group, **options)
         module.add_module(LAYER, layer)
         self._modules.append(module)
 
     def _implement(self, name: str) -> None:
         for _, _, config in self._configs:
             config._attn_implementation = name
+
+
+def _widths(call: Call, spec: AttentionSpec) -> tuple[int, int] | None:
+    widths = (call.query.shape[3], call.value.shape[3])
+    return None if set(widths) == {spec.head_dim} else widths
 
 
 def _private_configs(model: PreTrainedModel) -> list[tuple[nn.Module, PretrainedConfig, PretrainedConfig]]:

@@ -24,10 +24,23 @@ def length_rule(embedding: nn.Module) -> LengthRule | None:
     return None
 
 
-def frequencies(embedding: nn.Module, rule: LengthRule | None, longest: int) -> Tensor:
-    """What `Rotary.inv_freq` is to be: `[R / 2]`, or `[F, R / 2]` for rows of up to `longest` tokens under a rule."""
-    if rule is None:
-        return embedding.inv_freq
+def tables(module: nn.Module) -> list[tuple[Tensor, float]]:
+    """The frequencies of a rotary embedding and what scales its cosines and sines, for each type of layers where those
+    have their own; none for any other module."""
+    found = [
+        (getattr(module, f"{kind}inv_freq", None), getattr(module, f"{kind}attention_scaling", 1.0))
+        for kind in ("", *(f"{kind}_" for kind in _layer_types(module)))
+    ]
+    return [(inv_freq, float(scaling)) for inv_freq, scaling in found if isinstance(inv_freq, Tensor)]
+
+
+def _layer_types(module: nn.Module) -> list[str]:
+    kinds = getattr(module, "rope_type", None)
+    return [kind for kind in kinds if isinstance(kind, str)] if isinstance(kinds, dict) else []
+
+
+def frequencies(embedding: nn.Module, rule: LengthRule, longest: int) -> Tensor:
+    """What `Rotary.inv_freq` is to be under a rule, `[F, R / 2]` for rows of up to `longest` tokens."""
     device = embedding.inv_freq.device
     first, last = rule.threshold, rule.threshold + 1 if rule.is_whole else max(longest, rule.threshold)
     lengths = torch.arange(first, last + 1, device=device)

@@ -150,7 +150,7 @@ class PagedCache(Cache):
             copied.grow(self.tables[row].num_slots)
         source = [page for row in rows for page in self.tables[row].pages]
         if source:
-            self.pool.cache.copy_pages(source, [page for copied in copies for page in copied.pages])
+            self.pool.copy_pages(source, [page for copied in copies for page in copied.pages])
         return copies
 
     def __deepcopy__(self, memo: dict) -> PagedCache:

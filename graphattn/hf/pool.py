@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-
-import torch
 
 from ..cache import KVCache
 from ..errors import OutOfPagesError
@@ -26,21 +25,23 @@ class GrowingPool:
         num_pages: pages at most, the null page among them; None for as many as memory holds.
 
     Attributes:
-        pages: who holds which page.
-        cache: their tensors.
+        pages: who holds which page; the same in every layer group.
+        caches: their tensors, by layer group.
     """
 
     def __init__(self, binding: Binding, *, page_size: int, num_pages: int | None):
         self._binding, self._max_pages = binding, num_pages
         first = FIRST_PAGES if num_pages is None else min(FIRST_PAGES, num_pages)
         self.pages = PagePool(first, page_size, prefix_cache=False)
-        self.cache = self._allocate(CacheSpec(num_pages=first, page_size=page_size, dtype=binding.model.dtype))
-        binding.bind(self.cache)
+        self.caches = self._allocate(CacheSpec(num_pages=first, page_size=page_size, dtype=binding.model.dtype))
 
-    def _allocate(self, spec: CacheSpec) -> KVCache:
-        # A tensor that is made under inference_mode could not be written outside of it.
-        with torch.inference_mode(False):
-            return KVCache(len(self._binding.layers), self._binding.spec, spec, self._binding.model.device)
+    def _allocate(self, cache: CacheSpec) -> list[KVCache]:
+        return self._binding.allocate([cache] * len(self._binding.groups))
+
+    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copies whole pages within every layer; the two lists are paired and share no page."""
+        for cache in self.caches:
+            cache.copy_pages(source, target)
 
     def ensure(self, num_pages: int) -> None:
         """Grows until `num_pages` are free.
@@ -61,9 +62,9 @@ class GrowingPool:
         total = max(2 * pages.num_pages, pages.num_pages + missing)
         if self._max_pages is not None:
             total = min(total, self._max_pages)
-        old, self.cache = self.cache, self._allocate(replace(self.cache.cache, num_pages=total))
-        for pair, old_pair in zip(self.cache.layers, old.layers, strict=True):
-            for tensor, old_tensor in zip(pair, old_pair, strict=True):
-                tensor[: len(old_tensor)].copy_(old_tensor)
-        self._binding.bind(self.cache)
+        held, self.caches = self.caches, self._allocate(replace(self.caches[0].cache, num_pages=total))
+        for cache, old in zip(self.caches, held, strict=True):
+            for pair, old_pair in zip(cache.layers, old.layers, strict=True):
+                for tensor, old_tensor in zip(pair, old_pair, strict=True):
+                    tensor[: len(old_tensor)].copy_(old_tensor)
         pages.grow(total)

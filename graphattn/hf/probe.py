@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError
 from ..spec import AttentionSpec
+from ..variants import attention_sinks
 from .widths import served_width
 
 # The attention implementations under which a model must be to be probed, with masks and without.
@@ -22,7 +23,6 @@ PROBE, PROBE_UNMASKED = "graphattn_probe", "graphattn_probe_unmasked"
 IMPLEMENTATION = "graphattn"
 IMPLEMENTATIONS = (IMPLEMENTATION, PROBE, PROBE_UNMASKED)
 UNSERVED_ARGUMENTS = {
-    "s_aux": "attention sinks",
     "position_bias": "a position bias",
     "indices": "sparse attention indices",
     "block_indices": "sparse attention blocks",
@@ -153,11 +153,11 @@ def _recording() -> Iterator[list[Call]]:
         _calls.reset(token)
 
 
-def shared_spec(model: PreTrainedModel, calls: list[Call]) -> AttentionSpec:
-    """The one spec of all layers.
+def layer_specs(model: PreTrainedModel, calls: list[Call]) -> list[AttentionSpec]:
+    """What each layer computes; sinks are variants, each over its own layer's tensor.
 
     Raises:
-        UnsupportedModelError: a layer is missing, called twice, does something unserved, or differs from layer 0.
+        UnsupportedModelError: a layer is missing, called twice or does something unserved.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     indices = [getattr(call.module, "layer_idx", None) for call in calls]
@@ -166,13 +166,7 @@ def shared_spec(model: PreTrainedModel, calls: list[Call]) -> AttentionSpec:
             f"{name}: transformers' attention interface was called for layers {indices}, expected is each of "
             f"{config.num_hidden_layers} once; only plain decoders that go through it are served"
         )
-    specs = [_spec(f"{name}: layer {layer}", model, call) for layer, call in enumerate(calls)]
-    for layer, spec in enumerate(specs):
-        if spec != specs[0]:
-            raise UnsupportedModelError(
-                f"{name}: layer {layer} is {spec}, layer 0 is {specs[0]}; layers that differ are not served"
-            )
-    return specs[0]
+    return [_spec(f"{name}: layer {layer}", model, call) for layer, call in enumerate(calls)]
 
 
 def _spec(layer: str, model: PreTrainedModel, call: Call) -> AttentionSpec:
@@ -192,13 +186,20 @@ def _spec(layer: str, model: PreTrainedModel, call: Call) -> AttentionSpec:
         raise UnsupportedModelError(
             f"{layer} asks for window={window}, but its mask is not the causal one of that window; that is not served"
         )
+    sinks, num_heads = arguments.get("s_aux"), call.query.shape[1]
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise UnsupportedModelError(
+            f"{layer} has attention sinks (s_aux) of shape {list(sinks.shape)}, served is one for each of "
+            f"{num_heads} heads"
+        )
     return AttentionSpec(
-        num_heads=call.query.shape[1],
+        num_heads=num_heads,
         num_kv_heads=call.key.shape[1],
         head_dim=served_width(head_dim, v_dim, device),
         scale=arguments.get("scaling") or head_dim**-0.5,
         window=window,
         softcap=arguments.get("softcap"),
+        variant=None if sinks is None else attention_sinks(sinks.detach()),  # of one storage: what is loaded shows
     )
 
 

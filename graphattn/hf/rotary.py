@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..rope import LengthRule, Rotary
-from .frequencies import frequencies, length_rule
+from .frequencies import frequencies, length_rule, tables
 from .load import max_positions
 from .probe import IMPLEMENTATIONS, Call, length_dependent, probe
 from .widths import served_width
@@ -31,7 +31,8 @@ class RotaryTakeover:
     Each module gets a forward that is its class's, in whose globals the rotation passes queries and keys through.
     Whether our layer then does the same is not read from the code but tried: two tokens run through the model before
     and after, its norms at uneven weights meanwhile, and every layer's queries and keys, normed and rotated here, must
-    be what they were. Under another attention implementation than ours the modules are what they always were.
+    be what they were; that also tells which frequencies are a layer's where types of layers have their own (Gemma 3).
+    Under another attention implementation than ours the modules are what they always were.
 
     Args:
         model: under the attention implementation `PROBE_UNMASKED`.
@@ -83,21 +84,24 @@ class RotaryTakeover:
         self.rotaries = [None] * len(self.rotaries)
 
     def _take_over(self, model: PreTrainedModel) -> str | None:
-        embeddings = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+        embeddings = [module for module in model.modules() if tables(module)]
         if len(embeddings) != 1:
             return f"the model has {len(embeddings)} rotary embeddings"
         embedding, at = embeddings[0], [(POSITIONS, None)]
-        self.length_rule, scaling = length_rule(embedding), float(getattr(embedding, "attention_scaling", 1.0))
+        self.length_rule, of_types = length_rule(embedding), tables(embedding)
         if self.length_rule is None and length_dependent(model):
             return "its layers have rotary embeddings of several kinds"
         threshold = 0 if self.length_rule is None else self.length_rule.threshold
         if self.length_rule is not None:
             at.insert(0, ((POSITIONS[0], threshold + 1), threshold + 2))  # first, since the other resets the embedding
-        inv_freq = frequencies(embedding, self.length_rule, max(max_positions(model) or 0, threshold + 2))
+            longest = max(max_positions(model) or 0, threshold + 2)
+            of_types = [(frequencies(embedding, self.length_rule, longest), of_types[0][1])]
         probed = [probe(model, positions) for positions, _ in at]
         before = probed[-1]
-        if 2 * inv_freq.shape[-1] > before[0].query.shape[3]:
-            return f"{2 * inv_freq.shape[-1]} dims would be rotated, a head has {before[0].query.shape[3]}"
+        turned = 2 * max(inv_freq.shape[-1] for inv_freq, _ in of_types)
+        head_dim = min(call.query.shape[3] for call in before)
+        if turned > head_dim:
+            return f"{turned} dims would be rotated, a head has {head_dim}"
         if not all(tensor.any() for call in before for tensor in (call.query, call.key)):
             return "queries or keys are zero, so nothing can be told of them"
         for call in before:
@@ -112,9 +116,13 @@ class RotaryTakeover:
         for layer, (raw, *done) in enumerate(zip(after, *probed, strict=True)):
             norms = [norm for name in NORMS if (norm := getattr(raw.module, name, None)) in self._patched]
             weights = [norm.weight for norm in norms] or [None, None]
-            rotary = Rotary(inv_freq, scaling, *weights, norms[0].variance_epsilon if norms else 0.0, threshold)
-            if all(_rotates(rotary, raw, *each) for each in zip(done, at, strict=True)):
-                self.rotaries[layer] = rotary
+            eps = norms[0].variance_epsilon if norms else 0.0
+            tried = [Rotary(inv_freq, scaling, *weights, eps, threshold) for inv_freq, scaling in of_types]
+            same = [each for each in tried if all(_rotates(each, raw, *one) for one in zip(done, at, strict=True))]
+            if len(same) > 1 and not all(torch.equal(each.inv_freq, same[0].inv_freq) for each in same):
+                return f"it cannot be told by which of {len(same)} kinds of frequencies layer {layer} rotates"
+            if same:
+                self.rotaries[layer] = same[0]
             elif norms or not all(_agree(raw.query, x.query) and _agree(raw.key, x.key) for x in done):
                 return f"layer {layer} norms or rotates in a way of its own"
         return None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from graphattn import LLM, BlockTable, UnsupportedModelError
+from graphattn import LLM, UnsupportedModelError
 from graphattn.batch import ragged_batch
 
 from .table import FAMILIES, build, eager
@@ -91,7 +92,7 @@ def measure(
         runner, binding = llm._executor.runner, llm._executor.binding
         said |= {
             "refused": None,
-            "layers": [str(binding.spec)],
+            "layers": [str(spec) for spec in binding.groups],
             "backend": llm._executor.planner.backends[0].name,
             "compiles": llm._executor.step.num_compiles if compile else None,
             "replays": runner.counts["replay"],
@@ -110,27 +111,32 @@ def logits_of(model: PreTrainedModel, row: Sequence[int]) -> Tensor:
 def steps(llm: LLM, rows: list[list[int]]) -> Iterator[tuple[str, int, slice, Tensor]]:
     """Runs rows of `PROMPTS` and `DECODED` tokens; for each step and row of it: the kind of step, the row, which of its
     tokens, and their logits `[tokens, vocabulary]`."""
-    executor, size, everyone = llm._executor, llm.pool.page_size, range(len(rows))
-    for pair in executor.cache.layers:
-        for pages in pair:
-            pages.fill_(float("nan"))
-    tables = [BlockTable(llm.pool) for _ in rows]
+    executor, size, everyone = llm._executor, llm.pools.page_size, range(len(rows))
+    for pages in chain.from_iterable(pair for cache in executor.caches for pair in cache.layers):
+        pages.fill_(float("nan"))
+    held = [llm.pools.row() for _ in rows]
+
+    def tables(chosen: Sequence[int]) -> list[list[list[int]]]:
+        """By layer group."""
+        return [list(group) for group in zip(*(held[row].pages for row in chosen), strict=True)]
+
     for first in (slice(0, 3), slice(3, 40)):  # in two chunks, the second over what the first has cached
         chosen = [row for row in everyone if PROMPTS[row] > first.start]
         starts, ends = [first.start for _ in chosen], [min(PROMPTS[row], first.stop) for row in chosen]
         for row, end in zip(chosen, ends, strict=True):
-            tables[row].grow(end)
+            held[row].grow(end)
         tokens = [rows[row][start:end] for row, start, end in zip(chosen, starts, ends, strict=True)]
-        held = [[tables[row].pages for row in chosen]]
-        batch = ragged_batch(tokens, starts, held, page_size=size, device=executor.device)
+        batch = ragged_batch(tokens, starts, tables(chosen), page_size=size, device=executor.device)
         logits = executor.logits(batch, torch.arange(len(batch.token_ids_N), device="cpu"))
         for row, start, part in zip(chosen, starts, logits.split([len(each) for each in tokens]), strict=True):
             yield "prefill", row, slice(start, start + len(part)), part
+        for row, end in zip(chosen, ends, strict=True):
+            held[row].commit(rows[row][:end])
     executor.draw_greedily(len(rows))
     for step in range(DECODED):
         lens = [length + step + 1 for length in PROMPTS]
-        for table, length in zip(tables, lens, strict=True):
-            table.grow(length)
+        for each, length in zip(held, lens, strict=True):
+            each.grow(length)
         alone = step % len(rows)
         chosen = [row for row in everyone if step % 2 == 0 or row != alone]  # a whole bucket, and one that is padded
         for kind, of_kind, is_eager in (
@@ -139,13 +145,15 @@ def steps(llm: LLM, rows: list[list[int]]) -> Iterator[tuple[str, int, slice, Te
             ("batch of 1", [alone], False),
         ):
             fed = [rows[row][lens[row] - 1] for row in of_kind]
-            pages = [[tables[row].pages for row in of_kind]]
+            sizes = [lens[row] for row in of_kind]
             with torch.no_grad():
-                logits, _ = executor.runner.run(fed, [lens[row] for row in of_kind], pages, eager=is_eager)
+                logits, _ = executor.runner.run(fed, sizes, tables(of_kind), eager=is_eager)
             for row, part in zip(of_kind, logits.clone(), strict=True):
                 yield kind, row, slice(lens[row] - 1, lens[row]), part[None]
-    for table in tables:
-        table.release()
+        for each, row, length in zip(held, rows, lens, strict=True):
+            each.commit(row[:length])
+    for each in held:
+        each.release()
 
 
 def shows(name: str, change: Callable[[nn.Module, dict], None], *, seed: int = 0) -> float:

@@ -34,7 +34,6 @@ SIZES = {
 WINDOW = 9  # tokens, of those families that have one: shorter than the rows
 SOFTCAP = 2.0  # the cap of real models, 50, hardly shows
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-DIFFER = "layers that differ are not served"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,6 @@ class Family:
         kind: transformers' `model_type`.
         config: of the tiny model, where it differs from `SIZES`.
         num_layers: how many, so that every kind of layer occurs.
-        refused: words of the reason for which it is refused; None for a family that is served.
         has_experts: whether it routes tokens to experts.
     """
 
@@ -54,13 +52,12 @@ class Family:
     kind: str
     config: dict = field(default_factory=dict)
     num_layers: int = 2
-    refused: str | None = None
     has_experts: bool = False
 
 
-def _family(title: str, kind: str, num_layers: int = 2, *, refused: str | None = None, **config) -> Family:
-    options = {"num_layers": num_layers, "refused": refused, "has_experts": "num_experts_per_tok" in config}
-    return Family(title=title, kind=kind, config=config, **options)
+def _family(title: str, kind: str, num_layers: int = 2, **config) -> Family:
+    has_experts = "num_experts_per_tok" in config
+    return Family(title=title, kind=kind, config=config, num_layers=num_layers, has_experts=has_experts)
 
 
 def _full_and_sliding(num_layers: int, every: int) -> list[str]:
@@ -96,14 +93,13 @@ FAMILIES = {
         use_sliding_window=True,
         sliding_window=WINDOW,
         max_window_layers=2,
-        refused=DIFFER,
     ),
     "qwen3": _family("Qwen 3", "qwen3"),
     "qwen3-moe": _family("Qwen 3 MoE", "qwen3_moe", num_experts=8, **MOE),
     "mistral": _family("Mistral", "mistral", sliding_window=WINDOW),
     "mixtral": _family("Mixtral", "mixtral", sliding_window=None, num_local_experts=4, num_experts_per_tok=2),
-    "gemma2": _family("Gemma 2", "gemma2", sliding_window=WINDOW, refused=DIFFER, **SOFTCAPS),
-    "gemma3": _family("Gemma 3", "gemma3_text", 6, sliding_window=WINDOW, refused=DIFFER),
+    "gemma2": _family("Gemma 2", "gemma2", sliding_window=WINDOW, **SOFTCAPS),
+    "gemma3": _family("Gemma 3", "gemma3_text", 6, sliding_window=WINDOW),
     "gpt-oss": _family(
         "gpt-oss",
         "gpt_oss",
@@ -112,7 +108,6 @@ FAMILIES = {
         num_local_experts=4,
         num_experts_per_tok=2,
         rope_parameters=ROPE,
-        refused="attention sinks",
     ),
     "phi3": _family("Phi-3", "phi3", pad_token_id=0),
     "phi4": _family("Phi-4-mini", "phi3", pad_token_id=0, rope_parameters={**ROPE, "partial_rotary_factor": 0.75}),
@@ -128,16 +123,14 @@ FAMILIES = {
     "glm4": _family("GLM-4", "glm4", pad_token_id=0),
     "smollm3": _family("SmolLM3", "smollm3", 4, pad_token_id=0),
     "cohere": _family("Cohere", "cohere", pad_token_id=0, logit_scale=0.5, use_qk_norm=True),
-    "cohere2": _family("Cohere 2", "cohere2", 4, pad_token_id=0, sliding_window=WINDOW, refused=DIFFER),
+    "cohere2": _family("Cohere 2", "cohere2", 4, pad_token_id=0, sliding_window=WINDOW),
     "starcoder2": _family("StarCoder2", "starcoder2", sliding_window=WINDOW),
     "gpt2": _family("GPT-2", "gpt2", **GPT2),
     "opt": _family("OPT", "opt", ffn_dim=96, word_embed_proj_dim=64, pad_token_id=1),
     "gpt-neox": _family("GPT-NeoX", "gpt_neox", rope_parameters={**ROPE, "partial_rotary_factor": 0.25}),
     "stablelm": _family("StableLM", "stablelm", use_qkv_bias=True, qk_layernorm=True),
     "nemotron": _family("Nemotron", "nemotron"),
-    "exaone4": _family(
-        "EXAONE 4", "exaone4", 4, sliding_window=WINDOW, layer_types=_full_and_sliding(4, 4), refused=DIFFER
-    ),
+    "exaone4": _family("EXAONE 4", "exaone4", 4, sliding_window=WINDOW, layer_types=_full_and_sliding(4, 4)),
     "deepseek-v3": _family("DeepSeek-V3, keys and values expanded", "deepseek_v3", 3, **DEEPSEEK),
     "deepseek-v3-yarn": _family(
         "DeepSeek-V3 with YaRN", "deepseek_v3", 3, **DEEPSEEK | {"rope_parameters": {**YARN, "mscale_all_dim": 1.0}}

@@ -24,7 +24,7 @@ class PagedPlan:
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, wrapper):
         self._group, self._wrapper, self._fence = group, wrapper, PlanFence(wrapper.device)
         self._cache, self.page_shape = cache, cache.page_shape(spec)
-        self.variant, self._scalars = spec.variant, ()
+        self.spec, self._scalars = spec, ()
         if spec.variant is not None:
             private.use(
                 wrapper, private.load_variant(spec, cache), variant.arguments(spec, cache.query_dtype, cache.dtype)

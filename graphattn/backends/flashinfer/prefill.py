@@ -39,7 +39,7 @@ class RaggedPlan:
         self, group: int, spec: AttentionSpec, cache: CacheSpec, workspace: Workspace, kernel: str, max_tokens: int
     ):
         device = workspace.device
-        self._spec, self.page_shape, self.variant = spec, cache.page_shape(spec), spec.variant
+        self.spec, self.page_shape = spec, cache.page_shape(spec)
         self._num_processors = torch.cuda.get_device_properties(device).multi_processor_count
         kernels, self._why_not = fa3.kernels_for(kernel, spec, cache, device, self._num_processors, max_tokens)
         self._seconds = {name: private.load(name, spec, cache) for name in kernels}
@@ -51,7 +51,7 @@ class RaggedPlan:
         parts = [f"{name} ({self.counts[name]} batches)" for name in self._plans]
         if len(parts) == 1:
             return parts[0] + (f", not fa3: {self._why_not}" if self._why_not else "")
-        least, tile = fa3.least_tokens(self._spec, self._num_processors), fa3.TILES[self._spec.head_dim]
+        least, tile = fa3.least_tokens(self.spec, self._num_processors), fa3.TILES[self.spec.head_dim]
         return (
             f"{parts[1]} from {least} tokens on that fill more than half of their tiles of {tile}, else {parts[0]}; "
             f"its module was ready in {self._seconds['fa3']:.1f} s"
@@ -59,7 +59,7 @@ class RaggedPlan:
 
     def plan(self, batch: Batch) -> None:
         name = next(iter(self._plans))
-        if len(self._plans) > 1 and fa3.suits(self._spec, self._num_processors, batch.qo_indptr_B1.diff()):
+        if len(self._plans) > 1 and fa3.suits(self.spec, self._num_processors, batch.qo_indptr_B1.diff()):
             name = "fa3"
         self._now = self._plans[name]
         self._now.plan(batch)
@@ -85,7 +85,7 @@ class KernelPlan(PagedPlan):
     def __init__(self, group: int, spec: AttentionSpec, cache: CacheSpec, workspace: Workspace, kernel: str):
         wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace.placeholder(), cache.layout, backend=kernel)
         super().__init__(group, spec, cache, wrapper)
-        self._spec, self._kernel, self._workspace, self._sizes = spec, kernel, workspace, (0, 0)
+        self._kernel, self._workspace, self._sizes = kernel, workspace, (0, 0)
         self._num_processors = torch.cuda.get_device_properties(workspace.device).multi_processor_count
 
     def plan(self, batch: Batch) -> None:
@@ -94,7 +94,7 @@ class KernelPlan(PagedPlan):
         rows = (batch.qo_indptr_B1, host.indptr_B1, self._csr.indices_P, host.last_page_len_B)
         options = {**self._options, "causal": True}
         if self._kernel == "fa3":
-            sizes = (0, fa3.plan_bytes(self._spec, self._num_processors, batch.qo_indptr_B1.diff()))
+            sizes = (0, fa3.plan_bytes(self.spec, self._num_processors, batch.qo_indptr_B1.diff()))
         else:
             sizes = self._wrapper.workspace_size(*rows, *self._shape, **options)
         with self._fence:

@@ -145,7 +145,7 @@ class Cuda:
             monkeypatch.setattr(torch.cuda, name, fake)
         for name in ("tensor", "zeros"):
             monkeypatch.setattr(torch, name, unpinned(getattr(torch, name)))
-        monkeypatch.setattr(torch, "compile", lambda function: function)
+        monkeypatch.setattr(torch, "compile", torch.inference_mode())
         monkeypatch.setattr(torch, "set_default_device", lambda device: None)
         monkeypatch.setattr(Tensor, "cuda", lambda tensor, non_blocking=False: self._upload(tensor))
         monkeypatch.setattr(dist, "init_process_group", self._gloo(dist.init_process_group))

@@ -101,17 +101,17 @@ def test_steps_run_at_buckets(nano):
 
 
 def test_preempted_sequences_come_back(nano, monkeypatch):
-    theirs = answers(nano)
+    asked = [tokens(250, seed) for seed in range(3)], [20] * 3  # each grows into a second block, of which one is left
+    theirs = answers(nano, asked)
     nanovllm.install()
-    engine = nano.engine(blocks=8)
+    engine = nano.engine(blocks=5)
     freed = []
     manager = type(engine.blocks if not nano.is_package else engine.scheduler.block_manager)
     name = "deallocate" if nano.is_package else "release"
     release = getattr(manager, name)
     monkeypatch.setattr(manager, name, lambda self, seq: (freed.append(len(seq)), release(self, seq))[1])
-    prompts, counts = requests()
-    assert nano.generate(engine, prompts, counts) == theirs
-    assert len(freed) > len(prompts), "nothing was preempted"
+    assert nano.generate(engine, *asked) == theirs
+    assert [length for length in freed if length < 270], "nothing was preempted"
     engine.exit()
 
 
@@ -139,12 +139,13 @@ def test_block_0_is_never_given_out(nano):
 
 @needs_package
 def test_a_prompt_that_is_cached_whole(package):
-    """Versions without chunks share every full block; the row then feeds no token, and takes its neighbour's logits."""
+    """Versions without chunks share every full block; the row then feeds no token, and its logits are another's."""
     prompt = tokens(600, seed=5)
     asked = [prompt, tokens(40, seed=6), prompt[:512]], [8, 8, 8]
     alone = answers(package, (asked[0][2:], [8]))[0]
     if not package.chunks:
-        assert answers(package, asked)[2] != alone
+        with pytest.raises(IndexError):  # it is alone in its batch, else it would be answered as its neighbour
+            answers(package, asked)
     nanovllm.install()
     assert answers(package, asked)[2] == alone
 
@@ -269,13 +270,12 @@ def test_decode_steps_make_no_device_tensors(package, cuda):
 
 @needs_package
 def test_the_cache_leaves_room_for_graphs(package, cuda, monkeypatch):
-    """It takes its share of memory for the cache, and then captures beyond that share."""
+    """It gives the cache all of its share, and captures afterwards."""
     from graphattn.runner import DecodeRunner
 
-    per_graph, share = 1 << 18, 0.5
-    cuda.per_graph = per_graph
-    engine = package.engine(gpu_memory_utilization=share)
-    assert engine.model_runner.kv_cache.nbytes + cuda.used > share * cuda.total
+    per_graph = cuda.per_graph = cuda.total // 32
+    engine = package.engine(gpu_memory_utilization=1.0)
+    assert engine.model_runner.kv_cache.nbytes + cuda.used > cuda.total
     engine.exit()
 
     cuda.used = 0
@@ -292,11 +292,9 @@ def test_the_cache_leaves_room_for_graphs(package, cuda, monkeypatch):
     monkeypatch.setattr(DecodeRunner, "capture", taking)
     monkeypatch.setattr(DecodeRunner, "close", giving)
     nanovllm.install()
-    engine = package.engine(gpu_memory_utilization=share)
-    taken = engine.model_runner.kv_cache.nbytes + cuda.used
+    engine = package.engine(gpu_memory_utilization=1.0)
     assert cuda.used == per_graph * len(engine.model_runner.graphattn.runner.ladder)
-    block_bytes = engine.model_runner.kv_cache[0, 0, 0].nbytes * 4
-    assert share * cuda.total - block_bytes - 1 < taken <= share * cuda.total
+    assert 0.9 * cuda.total < engine.model_runner.kv_cache.nbytes + cuda.used <= cuda.total
     engine.exit()
     assert cuda.used == 0
 

@@ -103,6 +103,10 @@ def test_steps_run_at_buckets(nano):
 def test_preempted_sequences_come_back(nano, monkeypatch):
     asked = [tokens(250, seed) for seed in range(3)], [20] * 3  # each grows into a second block, of which one is left
     theirs = answers(nano, asked)
+    if nano.is_package and not nano.chunks:
+        with pytest.raises(AssertionError):
+            answers(nano, asked, blocks=4)
+        pytest.skip("the scheduler of this version fails where it preempts")
     nanovllm.install()
     engine = nano.engine(blocks=5)
     freed = []

@@ -1,6 +1,6 @@
 """Runs a script of nano-vLLM on graphattn.
 
-    python -m graphattn.integrations.nanovllm your_script.py [its arguments]
+python -m graphattn.integrations.nanovllm your_script.py [its arguments]
 """
 
 from __future__ import annotations

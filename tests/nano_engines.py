@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import nano_cpu
 import nano_minimal
+import pytest
 import torch
 from tiny import tiny
 
@@ -27,6 +28,9 @@ def why_no_package() -> str | None:
     return (
         f"needs {', '.join(lacking)}: put the unpacked wheel of nano-vllm-fork, or nano-vLLM, and xxhash on PYTHONPATH"
     )
+
+
+needs_package = pytest.mark.skipif(why_no_package() is not None, reason=str(why_no_package()))
 
 
 def forget() -> None:
@@ -144,3 +148,21 @@ class Forced:
     @staticmethod
     def _tokens(seq) -> list[int]:
         return list(seq.token_ids)
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(1, 60, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def requests(seed: int = 0, lens=(5, 300, 250, 513, 600, 17, 1, 600, 255, 257)) -> tuple[list[list[int]], list[int]]:
+    """Prompts of which some begin alike, and how many tokens are to follow each; ends around those of blocks."""
+    prompts = [tokens(length, seed if length > 255 else seed + length) for length in lens]
+    return prompts, [3 + 7 * index % 13 for index in range(len(lens))]
+
+
+def answers(nano, asked=None, **options) -> list[list[int]]:
+    engine = nano.engine(**options)
+    try:
+        return nano.generate(engine, *(asked or requests()))
+    finally:
+        engine.exit()

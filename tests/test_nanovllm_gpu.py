@@ -10,8 +10,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from nano_engines import Forced, Package, forget, why_no_package
-from test_nanovllm import check_logits, tokens
+from nano_engines import Forced, Package, forget, tokens, why_no_package
+from test_nanovllm import check_logits
 
 from graphattn.integrations import nanovllm
 

@@ -191,6 +191,8 @@ if __name__ == "__main__":
 def test_tensor_parallel(package, tmp_path, elsewhere):
     """Two ranks, each with half of the heads, answer as one; processes that are spawned get the fakes by a
     sitecustomize, and graphattn from the engine that spawns them."""
+    if not package.chunks:
+        pytest.skip("the second rank of this version lacks fields of its sequences (cfg_scale)")
     (tmp_path / "nanovllm" / "__init__.py").unlink()
     (tmp_path / "nanovllm").rmdir()
     (tmp_path / "sitecustomize.py").write_text(

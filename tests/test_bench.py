@@ -88,7 +88,7 @@ def check_decode(document: dict) -> None:
     assert all(is_ordered(row["step_ms"]) and row["steps"] == 4 and row["floor_ms"] > 0 for row in rows.values())
     assert all("token_ids" not in row for row in rows.values())
     peers = {peer["name"]: peer for peer in document["peers"]}
-    assert {*ON_A_CPU, "flash-attn", "vllm", "nano-vllm"} == peers.keys()
+    assert {*ON_A_CPU, "flash-attn", "vllm", "nano-vllm", "nano-vllm-graphattn"} == peers.keys()
     for name, peer in peers.items():
         if name not in ON_A_CPU:
             assert peer.get("reason") or peer.get("error") or peer["rows"]

@@ -48,7 +48,9 @@ def test_attends_as_dense_attention(heads: str, head_dim: int, options: dict, dt
     assert_close(fused(rows), rows.attend(dtype), rows.attend(EXACT), floor=FLOOR)
 
 
-@pytest.mark.parametrize(("page_size", "layout", "bucket"), [(1, "NHD", 8), (16, "HND", 40), (32, "NHD", 300)])
+@pytest.mark.parametrize(
+    ("page_size", "layout", "bucket"), [(1, "NHD", 8), (16, "HND", 40), (32, "NHD", 300), (256, "NHD", 8)]
+)
 def test_every_page_and_split(page_size: int, layout: str, bucket: int) -> None:
     rows = new_rows("group 2", 256, page_size=page_size, layout=layout)
     assert split(8, rows.spec).near > split(40, rows.spec).near == 1

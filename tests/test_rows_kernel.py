@@ -37,10 +37,12 @@ def integers(state: StepState) -> list[torch.Tensor]:
 
 
 @runs
-@pytest.mark.parametrize(("max_batch", "groups", "page_size"), [(1, 1, 16), (6, 2, 4), (33, 1, 1), (40, 3, 16)])
+@pytest.mark.parametrize(
+    ("max_batch", "groups", "page_size"), [(1, 1, 16), (6, 2, 4), (33, 1, 1), (40, 3, 16), (20, 1, 256)]
+)
 def test_feeds_what_torch_feeds(max_batch: int, groups: int, page_size: int):
     rng = random.Random(max_batch)
-    longest = 600 if page_size == 1 else 90
+    longest = 600 if page_size in (1, 256) else 90
     sizes = {"max_batch": max_batch, "max_seq_len": longest, "page_size": page_size, "groups": [SPEC] * groups}
     kernel, plain = states(**sizes)
     ids = torch.randint(0, 10**6, kernel.drawn.shape, dtype=torch.int32).to(DEVICE)

@@ -1,4 +1,4 @@
-"""Peer `nano-vllm`."""
+"""Peers `nano-vllm` and `nano-vllm-graphattn`: its engine on flash-attn, and the same one on graphattn."""
 
 from __future__ import annotations
 
@@ -77,3 +77,20 @@ class NanoVllm(Peer):
 
     def close(self) -> None:
         self._folder.cleanup()
+
+
+class NanoVllmOnGraphattn(NanoVllm):
+    """The same engine with attention, cache, planning and CUDA graphs of graphattn, as its integration puts them there.
+
+    What it gains over `nano-vllm` is theirs; what it lacks of graphattn's own figures is scheduler, sampler and model.
+    """
+
+    name = "nano-vllm-graphattn"
+    packages = ("nano-vllm",)
+
+    def __init__(self, setting: Setting):
+        from graphattn.integrations.nanovllm import install
+
+        install()
+        super().__init__(setting)
+        self.attention_path = "graphattn, by graphattn.integrations.nanovllm"

@@ -1,0 +1,1 @@
+"""Other engines on this layer: each changed in place for a process, and restored."""

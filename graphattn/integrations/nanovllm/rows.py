@@ -1,0 +1,48 @@
+"""What nano-vLLM's sequences ask of a step, as host numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...batch import Batch, ragged_batch
+from ...pages import NULL_PAGE
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Rows of a decode step.
+
+    Attributes:
+        token_ids: the last token of each, which it feeds.
+        seq_lens: tokens of each with that one.
+        tables: pages of each; nano-vLLM's own lists, which grow between steps.
+    """
+
+    token_ids: list[int]
+    seq_lens: list[int]
+    tables: list[list[int]]
+
+    @classmethod
+    def of(cls, seqs: Sequence) -> Decode:
+        return cls([seq.last_token for seq in seqs], [len(seq) for seq in seqs], [seq.block_table for seq in seqs])
+
+
+def prefill_batch(seqs: Sequence, *, page_size: int, device: torch.device) -> Batch:
+    """The tokens of sequences that are to be computed now, over what each has cached.
+
+    A version that chunks prompts says how many tokens they are; in others it is all that are not cached. Of a prompt
+    that is cached whole, as older versions have it, the last token is computed again: its logits are asked for.
+    """
+    tokens, starts, tables = [], [], []
+    for seq in seqs:
+        start, chunk = seq.num_cached_tokens, getattr(seq, "num_scheduled_tokens", None)
+        end = len(seq) if chunk is None else start + chunk
+        start = min(start, end - 1)
+        tokens.append(seq[start:end])
+        starts.append(start)
+        # Only the warm-up has sequences without pages.
+        tables.append(seq.block_table or [NULL_PAGE] * -(-end // page_size))
+    return ragged_batch(tokens, starts, [tables], page_size=page_size, device=device)

@@ -1,0 +1,128 @@
+"""One model runner of nano-vLLM on graphattn: its layers' pages, its plans, its captured decode steps."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from ...batch import Batch
+from ...buckets import BucketLadder
+from ...cache import KVCache, first_page
+from ...ops import active_plans
+from ...plan import Planner
+from ...runner import DecodeRunner
+from ...spec import AttentionSpec, CacheSpec
+from ...state import StepState
+from .layout import LayoutError
+from .rows import Decode
+
+OPEN: WeakSet[Serving] = WeakSet()  # those that nobody closed
+
+
+class Serving:
+    """The steps of a model whose attention layers are nano-vLLM's.
+
+    Args:
+        model: nano-vLLM's, of this rank; called as `model(token_ids_N, positions_N)`, returns `[N, hidden]`.
+        layers: its attention modules in order.
+        page_size: tokens in one of its blocks.
+        max_batch: rows of a decode step at most, always a bucket.
+        max_seq_len: tokens that a row may reach.
+        max_prefill_tokens: of all rows of a prefill together.
+        enforce_eager: no CUDA graphs.
+
+    Attributes:
+        runner: captures and replays decode steps, once laid out.
+
+    Raises:
+        LayoutError: layers differ in heads, width or scale.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        *,
+        page_size: int,
+        max_batch: int,
+        max_seq_len: int,
+        max_prefill_tokens: int,
+        enforce_eager: bool,
+    ):
+        specs = [
+            AttentionSpec(
+                num_heads=layer.num_heads,
+                num_kv_heads=layer.num_kv_heads,
+                head_dim=layer.head_dim,
+                scale=layer.scale,
+            )
+            for layer in layers
+        ]
+        if len(set(specs)) != 1:
+            told = ", ".join(map(repr, dict.fromkeys(specs))) or "none"
+            raise LayoutError(f"the model's attention layers are {told}: known are models whose layers are alike")
+        weight = next(model.parameters())
+        self._model, self._layers, self._spec = model, list(layers), specs[0]
+        self._dtype, self._device = weight.dtype, weight.device
+        self._page_size, self._max_batch, self._max_seq_len = page_size, max_batch, max_seq_len
+        self._max_prefill_tokens, self._enforce_eager = max_prefill_tokens, enforce_eager
+        self.runner: DecodeRunner | None = None
+        OPEN.add(self)
+
+    def lay_out_smallest(self) -> None:
+        """Lays out over two pages, to measure what steps take beside the cache."""
+        cache = CacheSpec(num_pages=2, page_size=self._page_size, dtype=self._dtype)
+        self.lay_out(KVCache(len(self._layers), self._spec, cache, self._device).layers)
+
+    def lay_out(self, pages: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Makes buffers, plans and a runner over a cache; what was laid out before is freed first.
+
+        Args:
+            pages: each layer's keys and values, `[pages, page_size, kv_heads, head_dim]`; page 0 is padding's.
+        """
+        self._release()
+        keys = pages[0][0]
+        cache = CacheSpec(num_pages=len(keys), page_size=keys.shape[1], dtype=keys.dtype)
+        planner = Planner([self._spec], cache, self._device)
+        state = StepState(
+            max_batch=self._max_batch,
+            max_seq_len=self._max_seq_len,
+            page_size=cache.page_size,
+            groups=[self._spec],
+            device=self._device,
+        )
+        ladder = BucketLadder.default(self._max_batch)
+        self.runner = DecodeRunner(self._model, state, planner, ladder=ladder, enforce_eager=self._enforce_eager)
+        self._prefill_plan = planner.prefill("auto", self._max_prefill_tokens)
+        for layer, (k_cache, v_cache) in zip(self._layers, pages, strict=True):
+            layer.k_page, layer.v_page = first_page(k_cache), first_page(v_cache)
+
+    def prefill(self, batch: Batch) -> Tensor:
+        """Hidden states of all tokens of ragged rows, `[N, hidden]`."""
+        self._prefill_plan.plan(batch)
+        with active_plans(self._prefill_plan.groups):
+            return self._model(batch.token_ids_N, batch.positions_N)
+
+    def decode(self, rows: Decode) -> Tensor:
+        """Hidden states of one token of each row, `[B, hidden]`; the next step overwrites them."""
+        return self.runner.run(rows.token_ids, rows.seq_lens, [rows.tables])
+
+    def close(self) -> None:
+        """Frees graphs and buffers, and lets go of the pages."""
+        self._release()
+        OPEN.discard(self)
+
+    def _release(self) -> None:
+        if self.runner is None:
+            return
+        self.runner.close()
+        self.runner = self._prefill_plan = None
+        for layer in self._layers:
+            layer.k_page = layer.v_page = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()

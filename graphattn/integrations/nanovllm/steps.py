@@ -1,0 +1,89 @@
+"""The methods of nano-vLLM that are replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...pages import NULL_PAGE
+from .layout import Modules
+from .rows import Decode, prefill_batch
+from .serving import Serving
+
+
+def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
+    """Class, name and new function of each; the originals are called by some of them.
+
+    In the order of an engine's life: it warms up, sizes its cache beside what that holds, captures, steps, and ends.
+    """
+    kind, blocks, attention = nano.runner.ModelRunner, nano.blocks.BlockManager, nano.attention.Attention
+    warm_up, allocate, leave, make_blocks = kind.warmup_model, kind.allocate_kv_cache, kind.exit, blocks.__init__
+
+    def warmup_model(self) -> None:
+        """Captures over two pages, then warms up; what that took is held while nano-vLLM sizes its cache."""
+        config = self.config
+        serving = self.graphattn = Serving(
+            self.model,
+            [module for module in self.model.modules() if isinstance(module, attention)],
+            page_size=self.block_size,
+            max_batch=config.max_num_seqs,
+            max_seq_len=config.hf_config.max_position_embeddings,
+            max_prefill_tokens=config.max_num_batched_tokens,
+            enforce_eager=self.enforce_eager,
+        )
+        with torch.device("cpu"):  # the default of every later step; here it is CUDA
+            serving.lay_out_smallest()
+            with torch.inference_mode():
+                serving.runner.capture(max_buckets=1 if self.enforce_eager else None)
+            warm_up(self)
+
+    def allocate_kv_cache(self) -> None:
+        """Has nano-vLLM size and allocate its cache, which takes the place of the two pages."""
+        allocate(self)
+        with torch.device("cpu"):
+            self.graphattn.lay_out(list(zip(*self.kv_cache, strict=True)))
+
+    def capture_cudagraph(self) -> None:
+        """Captures every bucket."""
+        self.graphs = self.graph_pool = None  # exit() deletes them
+        with torch.device("cpu"), torch.inference_mode():
+            self.graphattn.runner.capture()
+
+    def prepare_prefill(self, seqs: list) -> tuple:
+        """What `run_model` takes: the batch, and nothing besides; the language model's head reads the context."""
+        device = next(self.model.parameters()).device
+        batch = prefill_batch(seqs, page_size=self.block_size, device=device)
+        ends = batch.qo_indptr_B1.pin_memory() if device.type == "cuda" else batch.qo_indptr_B1
+        nano.context.set_context(True, cu_seqlens_q=ends.to(device, non_blocking=True))
+        return batch, None
+
+    def prepare_decode(self, seqs: list) -> tuple:
+        """What `run_model` takes: the rows, and nothing besides."""
+        nano.context.set_context(False)
+        return Decode.of(seqs), None
+
+    @torch.inference_mode()
+    def run_model(self, input_ids, positions: None, is_prefill: bool) -> Tensor | None:
+        """Logits of each row's last token, `[rows, vocab]`; None for ranks other than the first."""
+        hidden = self.graphattn.prefill(input_ids) if is_prefill else self.graphattn.decode(input_ids)
+        return self.model.compute_logits(hidden)
+
+    def exit(self) -> None:
+        """Frees graphs and buffers, then ends as nano-vLLM does."""
+        self.graphattn.close()
+        leave(self)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Appends and attends: q `[N, heads, head_dim]`, k and v `[N, kv_heads, head_dim]`."""
+        return torch.ops.graphattn.attend(q, k, v, self.k_page, self.v_page, 0)
+
+    def reserve(self, num_blocks: int, block_size: int) -> None:
+        """Block 0 is never given out: padding rows write to it."""
+        make_blocks(self, num_blocks, block_size)
+        self.free_block_ids.remove(NULL_PAGE)
+
+    steps = (warmup_model, allocate_kv_cache, capture_cudagraph, prepare_prefill, prepare_decode, run_model, exit)
+    replaced = [(kind, function.__name__, function) for function in steps]
+    return [*replaced, (attention, "forward", forward), (blocks, "__init__", reserve)]

@@ -1,0 +1,243 @@
+"""nano-vLLM on graphattn: the same tokens, and none of its faults."""
+
+from __future__ import annotations
+
+import sys
+
+import nano_cpu
+import pytest
+import torch
+from nano_engines import Forced, Package, answers, needs_package, requests, tokens
+from tiny import tiny
+
+from graphattn import InvalidArgumentError
+from graphattn.integrations import nanovllm
+
+pytest_plugins = ("nano_fixtures",)
+pytestmark = pytest.mark.usefixtures("restored")
+
+
+# Tokens
+
+
+def test_tokens_are_the_same(nano):
+    theirs = answers(nano)
+    assert len({tuple(answer) for answer in theirs}) == len(theirs)
+    assert answers(nano, enforce_eager=True) == theirs
+    nanovllm.install()
+    assert answers(nano) == theirs
+    assert answers(nano, enforce_eager=True) == theirs
+
+
+def test_steps_run_at_buckets(nano):
+    nanovllm.install()
+    engine = nano.engine(max_num_seqs=11)
+    nano.generate(engine, *requests())
+    runner = engine.model_runner.graphattn.runner
+    assert runner.ladder.sizes == (1, 2, 4, 6, 8, 11)
+    assert sum(runner.counts.values()) == sum(runner.rows.values()) > 0
+    assert max(runner.rows) == 10
+    engine.exit()
+
+
+def test_preempted_sequences_come_back(nano, monkeypatch):
+    asked = [tokens(250, seed) for seed in range(3)], [20] * 3  # each grows into a second block, of which one is left
+    theirs = answers(nano, asked)
+    if nano.is_package and not nano.chunks:
+        with pytest.raises(AssertionError):
+            answers(nano, asked, blocks=4)
+        pytest.skip("the scheduler of this version fails where it preempts")
+    nanovllm.install()
+    engine = nano.engine(blocks=5)
+    freed = []
+    manager = type(engine.blocks if not nano.is_package else engine.scheduler.block_manager)
+    name = "deallocate" if nano.is_package else "release"
+    release = getattr(manager, name)
+    monkeypatch.setattr(manager, name, lambda self, seq: (freed.append(len(seq)), release(self, seq))[1])
+    assert nano.generate(engine, *asked) == theirs
+    assert [length for length in freed if length < 270], "nothing was preempted"
+    engine.exit()
+
+
+def test_prompts_in_parts(nano):
+    if not nano.is_package:
+        options = {"max_num_batched_tokens": 100}
+    else:
+        answers(nano)  # imports it
+        options = {"max_num_batched_tokens": 300}
+        if not nano.chunks:
+            pytest.skip("this version computes prompts whole")
+    theirs = answers(nano)
+    assert answers(nano, **options) == theirs
+    nanovllm.install()
+    assert answers(nano, **options) == theirs
+
+
+def test_block_0_is_never_given_out(nano):
+    nanovllm.install()
+    engine = nano.engine()
+    manager = engine.scheduler.block_manager if nano.is_package else engine.blocks
+    assert 0 not in manager.free_block_ids and len(manager.free_block_ids) == 23
+    engine.exit()
+
+
+@needs_package
+def test_a_prompt_that_is_cached_whole(package):
+    """Versions without chunks share every full block; the row then feeds no token, and its logits are another's."""
+    prompt = tokens(600, seed=5)
+    asked = [prompt, tokens(40, seed=6), prompt[:512]], [8, 8, 8]
+    alone = answers(package, (asked[0][2:], [8]))[0]
+    if not package.chunks:
+        with pytest.raises(IndexError):  # it is alone in its batch, else it would be answered as its neighbour
+            answers(package, asked)
+    nanovllm.install()
+    assert answers(package, asked)[2] == alone
+
+
+@needs_package
+@pytest.mark.parametrize("eager", [False, True])
+def test_logits_in_bfloat16(cuda, monkeypatch, tmp_path, eager):
+    monkeypatch.setitem(sys.modules, "flash_attn", nano_cpu.flash_attn())
+    check_logits(Package(tmp_path, torch.bfloat16), "cpu", enforce_eager=eager)
+
+
+def check_logits(package: Package, device: str, **options) -> dict:
+    """Logits of given texts, prefilled and decoded, against transformers' in float32; the rule is twice what plain
+    torch in bfloat16 is off by."""
+    nanovllm.install()
+    texts = [tokens(length + 12, seed=length) for length in (3, 250, 256, 300, 520)]
+    engine = package.engine(**options)
+    forced = Forced(engine, texts)
+    package.generate(engine, [text[:-12] for text in texts], [12] * len(texts))
+    engine.exit()
+    assert len(forced.logits) == 12 * len(texts)
+    plain = tiny("qwen3", dtype=torch.bfloat16, **package.config).to(device)
+    plain.set_attn_implementation("eager")
+    errors = {"ours": [], "plain": []}
+    for index, text in enumerate(texts):
+        with torch.no_grad():
+            exact = package.reference(torch.tensor([text])).logits[0]
+            rounded = plain(torch.tensor([text], device=device)).logits[0].float().cpu()
+        for place in range(len(text) - 13, len(text) - 1):
+            errors["ours"].append(forced.logits[index, place] - exact[place])
+            errors["plain"].append(rounded[place] - exact[place])
+    ours, rounded = (torch.stack(errors[name]) for name in ("ours", "plain"))
+    assert ours.square().mean() ** 0.5 <= 2 * rounded.square().mean() ** 0.5 + 1e-3
+    assert ours.abs().max() <= 2 * rounded.abs().max() + 1e-2
+    return forced.logits
+
+
+# Its faults
+
+
+@needs_package
+def test_a_batch_between_its_buckets(package):
+    """17 rows where 20 are allowed: its largest bucket is 16."""
+    asked = [tokens(9, seed) for seed in range(17)], [4] * 17
+    expected = answers(package, asked, max_num_seqs=20, enforce_eager=True)
+    with pytest.raises(StopIteration):
+        answers(package, asked, max_num_seqs=20)
+    nanovllm.install()
+    assert answers(package, asked, max_num_seqs=20) == expected
+
+
+@needs_package
+def test_a_row_of_more_blocks_than_were_captured(package, cuda):
+    """Nothing keeps a row below `max_model_len`; its graphs have room for no more blocks than that."""
+    asked, options = ([tokens(250)], [20]), {"max_model_len": 256}
+    expected = answers(package, asked, enforce_eager=True, **options)
+    try:
+        assert answers(package, asked, **options) == expected
+    except RuntimeError as error:
+        assert "must match the existing size" in str(error)
+    else:  # a fork: the steps beyond leave the graph
+        assert sum(graph.num_replays for graph in cuda.graphs) < 19
+    nanovllm.install()
+    engine = package.engine(**options)
+    assert package.generate(engine, *asked) == expected
+    assert engine.model_runner.graphattn.runner.rows == {1: 19}
+    engine.exit()
+
+
+@needs_package
+def test_a_row_longer_than_the_positions(package):
+    nanovllm.install()
+    with pytest.raises(InvalidArgumentError, match="row 0: 1025 tokens, max_seq_len is 1024"):
+        answers(package, ([tokens(1020)], [20]))
+
+
+@needs_package
+def test_nothing_is_left_of_a_longer_batch(package):
+    long, short = ([tokens(600, seed) for seed in range(4)], [3] * 4), ([tokens(7)], [3])
+    engine = package.engine()
+    for asked in (long, short):
+        package.generate(engine, *asked)
+    tables = engine.model_runner.graph_vars["block_tables"]
+    assert (tables[:, 1:] > 0).any(), "it clears its tables now"
+    engine.exit()
+
+    nanovllm.install()
+    engine = package.engine()
+    for asked in (long, short):
+        package.generate(engine, *asked)
+    state = engine.model_runner.graphattn.runner.state
+    csr = state.csr(4, 0)
+    state.stage(4, [1], [9], [[[3]]])
+    state.feed(4)
+    assert csr.indptr_B1.tolist() == [0, 1, 2, 3, 4]
+    assert csr.indices_P[:4].tolist() == [3, 0, 0, 0], "padding is on the null page"
+    engine.exit()
+
+
+@needs_package
+def test_decode_steps_make_no_device_tensors(package, cuda):
+    def uploads_of_a_step() -> int:
+        engine = package.engine()
+        run, found = engine.model_runner.prepare_decode, []
+
+        def counted(seqs):
+            before = cuda.num_uploads
+            prepared = run(seqs)
+            found.append(cuda.num_uploads - before)
+            return prepared
+
+        engine.model_runner.prepare_decode = counted
+        package.generate(engine, *requests())
+        engine.exit()
+        assert len(set(found)) == 1
+        return found[0]
+
+    assert uploads_of_a_step() == 5
+    nanovllm.install()
+    assert uploads_of_a_step() == 0
+
+
+@needs_package
+def test_the_cache_leaves_room_for_graphs(package, cuda, monkeypatch):
+    """It gives the cache all of its share, and captures afterwards."""
+    from graphattn.runner import DecodeRunner
+
+    per_graph = cuda.per_graph = cuda.total // 32
+    engine = package.engine(gpu_memory_utilization=1.0)
+    assert engine.model_runner.kv_cache.nbytes + cuda.used > cuda.total
+    engine.exit()
+
+    cuda.used = 0
+    capture, close = DecodeRunner.capture, DecodeRunner.close
+
+    def taking(self, *arguments, **options):
+        cuda.used += per_graph * len(self.ladder)
+        return capture(self, *arguments, **options)
+
+    def giving(self):
+        cuda.used -= per_graph * len(self.ladder)
+        close(self)
+
+    monkeypatch.setattr(DecodeRunner, "capture", taking)
+    monkeypatch.setattr(DecodeRunner, "close", giving)
+    nanovllm.install()
+    engine = package.engine(gpu_memory_utilization=1.0)
+    assert cuda.used == per_graph * len(engine.model_runner.graphattn.runner.ladder)
+    assert 0.9 * cuda.total < engine.model_runner.kv_cache.nbytes + cuda.used <= cuda.total
+    engine.exit()
+    assert cuda.used == 0

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-from benchmark.attention import BACKENDS
 from rich.progress import Progress
 
 from capturing.measure import measure, start
 from graphattn import BackendError, BucketLadder, BucketProfile, CaptureProfile
+
+BACKENDS = {"cuda": ("fused", "flashinfer"), "cpu": ("reference",)}
 
 
 def candidates(asked: str, device: str) -> list[str]:

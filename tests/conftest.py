@@ -44,6 +44,17 @@ def why_no_inductor() -> str | None:
     return None
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """On tensors that are small, threads only wait for each other."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture
 def watched():
     """The leak check around a test, which calls `watched.mark()` after a first cycle."""

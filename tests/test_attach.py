@@ -34,6 +34,8 @@ from graphattn.hf import attach, detach
 from tests.snapshot import snapshot
 from tests.tiny import FAMILIES, tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PAGE = 4
 
 
@@ -41,15 +43,6 @@ PAGE = 4
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """On tensors this small threads only wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def make(family: str = "llama", **options) -> PreTrainedModel:

@@ -35,6 +35,8 @@ from graphattn.hf import attach
 from graphattn.plan import choose_backend
 from graphattn.spec import AttentionSpec, CacheSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB = 128
 
 
@@ -44,15 +46,6 @@ def overlap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     create = Engine.__init__
     monkeypatch.setattr(Engine, "__init__", lambda *args, **kw: create(*args, **(kw | {"overlap": request.param})))
     return request.param
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small run no faster on more, and much slower where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Letters:

@@ -12,17 +12,10 @@ from graphattn.hf import binding, oracle, probe, rotary, widths
 from tools.families.measure import KINDS, measure, shows
 from tools.families.table import FAMILIES, build
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # What CI compiles: rotation in the op and outside it, experts, heads of two widths, positions that are learned.
 CROSS_SECTION = ("qwen3-moe", "glm4", "gpt2", "deepseek-v3")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """On tensors this small threads only wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from graphattn.spec import AttentionSpec
 from tests.grouped import MODELS, WINDOW, grouped, logprobs_after
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB = 128
 GROUPS = {  # windows of the groups, in the order of their first layers; which group each layer is of
     "gemma2": ([WINDOW, None], [0, 1, 0, 1]),
@@ -31,15 +33,6 @@ GROUPS = {  # windows of the groups, in the order of their first layers; which g
     "gpt_oss": ([WINDOW, None], [0, 1, 0, 1]),
 }
 AROUND = (1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 29)  # lengths of prompts
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On tensors this small threads only wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @functools.cache

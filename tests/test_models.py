@@ -18,6 +18,8 @@ from tools.families import page, sweep
 from tools.families.shrink import NotBuilt, tiny
 from tools.families.sweep import BY_ATTACH, NOT_BUILT, REFUSED, SERVED, WRONG, entries, judge
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parent.parent
 # Of every verdict and every reason, what a family of that kind is to get.
 SAMPLE = {
@@ -51,14 +53,6 @@ REASONS = {
     "mpt": "interface was called for layers []",
     "qwen3_next": "keeps a state",
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.mark.parametrize("kind", SAMPLE)

@@ -19,13 +19,7 @@ from graphattn.window_table import WindowTable
 from tests.grouped import WINDOW, grouped
 from tests.test_groups import assert_as_eager, greedy, plain, prompt_of
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def poison(llm: LLM) -> None:

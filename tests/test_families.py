@@ -144,10 +144,10 @@ def test_a_fault_in_widening_is_seen(fault: str, as_on_cuda: None, monkeypatch: 
     if fault == "scale":
         add = binding.Binding._add_layer
 
-        def of_the_wide_head(self, module, *args):
-            add(self, module, *args)
-            object.__setattr__(getattr(module, binding.LAYER).spec, "scale", 128**-0.5)
-            object.__setattr__(self.spec, "scale", 128**-0.5)
+        def of_the_wide_head(self, module, spec, rotary):
+            for each in (*self.groups, spec):
+                object.__setattr__(each, "scale", 128**-0.5)
+            add(self, module, spec, rotary)
 
         monkeypatch.setattr(binding.Binding, "_add_layer", of_the_wide_head)
     else:

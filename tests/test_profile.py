@@ -262,7 +262,7 @@ def test_an_engine_obeys_the_table(merged: CaptureProfile, tmp_path: Path) -> No
         expected = [each.token_ids for each in llm.generate(prompts, params)]
     merged.save(tmp_path / "merged.json")
     Twin.planned.clear()
-    with LLM(model(), **SIZES, capture_profile=tmp_path / "merged.json") as llm:
+    with LLM(model(), **SIZES, capture_profile=tmp_path / "merged.json", check=False) as llm:
         captured = [(each.bucket, each.backend) for each in llm._executor.runner.captures]
         assert captured == [(4, "twin"), (4, "reference"), (2, "reference")] and Twin.planned == [4]
         assert [each.token_ids for each in llm.generate(prompts, params)] == expected

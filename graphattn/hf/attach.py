@@ -18,7 +18,7 @@ from ..layer import Attention
 from ..ops import active_plans
 from ..plan import Planner, StepPlan
 from .binding import IMPLEMENTATION, Binding
-from .oracle import Tokens
+from .oracle import Tokens, logits_of
 from .paged_cache import PagedCache
 from .pool import GrowingPool
 
@@ -155,7 +155,7 @@ class Attachment:
             options = {"position_ids": positions, "attention_mask": mask, "past_key_values": past, "use_cache": True}
             with torch.no_grad(), oracle.compared(self.layers, tokens):
                 out = self.model(input_ids=step, **options)
-            oracle.check_logits(out.logits.flatten(0, 1)[tokens.places], tokens)
+            oracle.check_logits(logits_of(out).flatten(0, 1)[tokens.places], tokens)
             past, mask = out.past_key_values, torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
         self._binding.oracle = None  # its tensors are for nothing else
 

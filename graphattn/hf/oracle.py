@@ -127,7 +127,7 @@ class Oracle:
         try:
             with _hooked([each.register_forward_pre_hook for each in self._modules], keep, with_kwargs=True):
                 with torch.no_grad():
-                    self._logits = model(input_ids=self.ids, position_ids=positions, use_cache=False).logits
+                    self._logits = logits_of(model(input_ids=self.ids, position_ids=positions, use_cache=False))
             found = _recorded.get()
         except torch.OutOfMemoryError:
             raise
@@ -214,6 +214,11 @@ class Oracle:
                 "be served; check=False skips this check",
                 layer=layer,
             )
+
+
+def logits_of(output) -> Tensor:
+    """A model's logits, or of one without a head its last hidden states."""
+    return output.last_hidden_state if getattr(output, "logits", None) is None else output.logits
 
 
 def _some_ids(model: PreTrainedModel, num_rows: int, num_columns: int) -> Tensor:

@@ -146,6 +146,9 @@ class RowPages:
         Raises:
             OutOfPagesError: a pool has too few pages; every table is as it was.
         """
+        most = max(num_tokens, ahead)
+        if all([most <= table.num_slots for table in self.tables]):  # as for most rows of most steps
+            return
         wanted = [self._wanted(table, num_tokens, ahead) for table in self.tables]
         lacks = [
             table.pool.pages_for(count) - len(table.pages) > table.pool.num_free

@@ -44,7 +44,7 @@ demo: $(VENV)/.model ## generate text with SmolLM2 135M: make demo PROMPT="Once 
 	@$(PY) tools/demo.py $${PROMPT:+-- "$$PROMPT"}
 
 test: $(VENV)/.model ## run the tests
-	@$(PY) -m pytest $(if $(filter 1,$(GPU)),,-n 2 --dist loadfile)
+	@$(PY) -m pytest
 
 lint: $(VENV)/.installed ## check style and format
 	@$(PY) -m ruff check .

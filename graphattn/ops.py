@@ -84,18 +84,16 @@ def _attend(
             f"{spec.num_heads} query heads and {spec.num_kv_heads} kv heads of {spec.head_dim}: give layers with other "
             "heads a group of their own"
         )
-    tensors = (q, k, v, all_pages(k_cache), all_pages(v_cache), rotary)
-    if variant is None and spec.variant is None:
-        return plan.attend(*tensors) if scales is None else plan.attend(*tensors, (), scales)
     planned = None if spec.variant is None else spec.variant.digest
     if variant != planned:
         raise InvalidArgumentError(
             f"the layer has variant {variant}, the plan of group {group} was made for {planned}: give Planner the "
             "layer's spec, and layers with other variants groups of their own"
         )
-    spec.variant.check(values, q.device)
-    tensors = (*tensors, [value.detach() for value in values])
-    return plan.attend(*tensors) if scales is None else plan.attend(*tensors, scales)
+    if spec.variant is not None:
+        spec.variant.check(values, q.device)
+        values = [value.detach() for value in values]
+    return plan.attend(q, k, v, all_pages(k_cache), all_pages(v_cache), rotary, values, scales)
 
 
 def _rotary_attend(
@@ -229,8 +227,7 @@ _ROTARY = (
 )
 _VARIANT = (
     "str variant, Tensor[] values, Tensor? inv_freq=None, float scaling=1.0, Tensor? q_weight=None, "
-    "Tensor? k_weight=None, float eps=0.0, int threshold=0, "
-    "Tensor? scales=None"
+    "Tensor? k_weight=None, float eps=0.0, int threshold=0, Tensor? scales=None"
 )
 _LINEAR = (
     "Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm=None, float eps=0.0, bool gated=False, "

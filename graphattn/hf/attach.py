@@ -259,13 +259,11 @@ class _UnpaddedPlan:
     def __init__(self, plan: Plan, indices_N: Tensor):
         self._plan, self._indices_N, self.page_shape, self.spec = plan, indices_N, plan.page_shape, plan.spec
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rotary: None, values=()
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *others) -> Tensor:
         out = q.new_zeros(q.shape)
         if len(self._indices_N):
             picked = (tensor.index_select(0, self._indices_N) for tensor in (q, k, v))
-            out.index_copy_(0, self._indices_N, self._plan.attend(*picked, k_cache, v_cache, rotary, values))
+            out.index_copy_(0, self._indices_N, self._plan.attend(*picked, *others))
         return out
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+
+from tools.benchmark.markdown import table
 
 from .measure import CAPTURED, KINDS
 from .sweep import BY_ATTACH, NOT_BUILT, REFUSED, SERVED, VERDICTS, WRONG
@@ -37,12 +39,6 @@ def render(folder: Path) -> str:
     return "\n".join(parts)
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines) + "\n"
-
-
 def _origin(stem: str, document: dict) -> str:
     environment = document["environment"]
     names = {"torch": "torch", "transformers": "transformers", "flashinfer": "FlashInfer", "triton": "Triton"}
@@ -72,9 +68,9 @@ def _families(document: dict) -> str:
         shown = [kind for kind in KINDS if kind != CAPTURED or row["replays"]]
         figures = [_figure(row["errors"][kind]) if kind in shown else "-" for kind in KINDS]
         served.append([row["title"], f"`{row['kind']}`", *figures, str(row["replays"] or "-"), graphs, layers])
-    parts = [text, _table(head, served)]
+    parts = [text, table(head, served)]
     if refused:
-        parts += ["Refused:\n", _table(["family", "`model_type`", "reason"], refused)]
+        parts += ["Refused:\n", table(["family", "`model_type`", "reason"], refused)]
     return "\n".join(parts)
 
 
@@ -107,7 +103,7 @@ def _sweep(document: dict) -> str:
             worst = max(row["error"] for row in found)
             parts.append(", ".join(f"`{row['kind']}`" for row in found) + f". The largest error is {worst:.1e}.\n")
         else:
-            parts.append(_table(["`model_type`", "reason"], [[f"`{row['kind']}`", row["reason"]] for row in found]))
+            parts.append(table(["`model_type`", "reason"], [[f"`{row['kind']}`", row["reason"]] for row in found]))
     return "\n".join(parts)
 
 
@@ -126,7 +122,7 @@ def _quantised(document: dict) -> str:
         for row in document["rows"]
     ]
     head = ["weights", "", "", "replays", "error of logits, of their size"]
-    return "\n".join([text, _table(head, rows)])
+    return "\n".join([text, table(head, rows)])
 
 
 TITLES = {"families": "Families", "quantised": "Quantised weights", "sweep": "Every model type of transformers"}

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ModelCheckError,
         ModelFileError,
         NoActivePlanError,
+        NotANumberError,
         OutOfPagesError,
         UnsupportedModelError,
     )
@@ -82,6 +83,7 @@ __all__ = [
     "ModelCheckError",
     "ModelFileError",
     "NoActivePlanError",
+    "NotANumberError",
     "OutOfPagesError",
     "PagePool",
     "Planner",
@@ -138,6 +140,7 @@ _MODULE_OF = {
     "ModelCheckError": "errors",
     "ModelFileError": "errors",
     "NoActivePlanError": "errors",
+    "NotANumberError": "errors",
     "OutOfPagesError": "errors",
     "PagePool": "pages",
     "Planner": "plan",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -63,10 +64,8 @@ class KVCache:
             self.layers: list[tuple[Tensor, Tensor]] = [
                 tuple(torch.empty(shape, dtype=cache.dtype, device=device) for _ in "kv") for _ in range(num_layers)
             ]
-        for pair in self.layers:
-            for pages in pair:
-                pages[NULL_PAGE].zero_()
         self.device = self.layers[0][0].device
+        self.clear([NULL_PAGE])
 
     @property
     def spec(self) -> AttentionSpec:
@@ -99,11 +98,19 @@ class KVCache:
         """Bytes of all layers' keys and values."""
         return len(self.layers) * self.cache.num_pages * self.cache.page_bytes(self.spec)
 
+    def clear(self, pages: Sequence[int]) -> None:
+        """Writes zeros to whole pages of every layer."""
+        index_P = torch.tensor(pages, device=self.device)
+        for held in self._bytes():
+            held.index_fill_(0, index_P, 0)
+
     def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copies whole pages within every layer; the two lists are paired and share no page."""
         source_P, target_P = (torch.tensor(pages, device=self.device) for pages in (source, target))
-        for pair in self.layers:
-            for pages in pair:
-                if self.cache.is_fp8:  # torch copies bytes where it has no kernel for fp8
-                    pages = pages.view(torch.uint8)
-                pages.index_copy_(0, target_P, pages.index_select(0, source_P))
+        for held in self._bytes():
+            held.index_copy_(0, target_P, held.index_select(0, source_P))
+
+    def _bytes(self) -> Iterator[Tensor]:
+        """Keys and values of every layer, those in fp8 as bytes: torch does not have all its kernels for fp8."""
+        for held in chain.from_iterable(self.layers):
+            yield held.view(torch.uint8) if self.cache.is_fp8 else held

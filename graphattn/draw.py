@@ -19,6 +19,8 @@ from .filters import filtered, weight_bits, weights
 from .noise import GOLDEN, exponentials, keys_of, mix
 from .sampling import Ask, RowSampling
 
+NOT_DRAWN = -1
+"""Stands for the token of a row whose logits hold a NaN."""
 _SAMPLE_SALT = 0x5851F42D4C957F2D
 _BLOCK_ELEMENTS = 1 << 22  # logits whose noise is held at once
 
@@ -28,7 +30,7 @@ class Sampled:
     """What `sample` drew, on the logits' device.
 
     Attributes:
-        token_ids: [B] int64.
+        token_ids: [B] int64; `NOT_DRAWN` for a row whose logits hold a NaN.
         logprobs: [B] float32, None if no row asked: log-probability of the drawn token under the model's raw
             distribution (`log_softmax` of the logits as they came in, before bans, penalty and temperature); nan
             where not asked.
@@ -61,7 +63,7 @@ def sample(logits: Tensor, rows: Sequence[RowSampling]) -> Sampled:
 
     Args:
         logits: [B, V], any floating dtype; left as it is. Computed in float32, in float64 if it is that. A row that is
-            -inf throughout (everything banned) gives id 0.
+            -inf throughout (everything banned) gives id 0, one with a NaN `NOT_DRAWN`.
         rows: One per row of `logits`.
 
     Raises:
@@ -72,7 +74,7 @@ def sample(logits: Tensor, rows: Sequence[RowSampling]) -> Sampled:
         raise InvalidArgumentError(f"logits must be floating point [B={len(rows)} (one per row), V >= 1], got {given}")
     edited, asks = _edited(logits, rows), [Ask.of(row.params, row.seed) for row in rows]
     if not any(ask.temperature for ask in asks):
-        token_ids = edited.argmax(-1)
+        token_ids = _most_likely(edited)
     else:
         numbers = np.vstack((packed(asks), np.array([row.position - 1 for row in rows], np.int64)))
         sent = upload(numbers, np.int64, logits.device)
@@ -132,9 +134,9 @@ def draw_plainly(
             none of them take the most likely token, and so do those of temperature 0.
 
     Returns:
-        [B] int64.
+        [B] int64, `NOT_DRAWN` for a row with a NaN.
     """
-    vocab, token_ids_B = edited_BV.shape[1], edited_BV.argmax(-1)
+    vocab, token_ids_B = edited_BV.shape[1], _most_likely(edited_BV)
     for rows_R, num_sorted in kinds:
         for index_R, x_RV in _blocks(edited_BV, rows_R):
             seeds_R1, *floats = asks_FB.index_select(1, index_R)[..., None]
@@ -145,8 +147,13 @@ def draw_plainly(
             keys_R = keys_of(seeds_R1[:, 0], positions_B.index_select(0, index_R).long())
             scores_RV = x_RV.double() - exponentials(keys_R, vocab).log_()
             likeliest_R = token_ids_B.index_select(0, index_R)
-            token_ids_B.index_copy_(0, index_R, torch.where(is_greedy_R1[:, 0], likeliest_R, scores_RV.argmax(-1)))
+            is_known_R = is_greedy_R1[:, 0] | (likeliest_R == NOT_DRAWN)
+            token_ids_B.index_copy_(0, index_R, torch.where(is_known_R, likeliest_R, scores_RV.argmax(-1)))
     return token_ids_B
+
+
+def _most_likely(logits_BV: Tensor) -> Tensor:
+    return logits_BV.argmax(-1).masked_fill_(logits_BV.amax(-1).isnan(), NOT_DRAWN)
 
 
 @torch.no_grad()
@@ -170,7 +177,7 @@ def with_logprobs(token_ids: Tensor, logits: Tensor, counts: Sequence[int | None
         peak_R1 = x_RV.amax(-1, keepdim=True).double()
         total_R1 = weights(x_RV.double(), peak_R1, vocab).sum(-1, keepdim=True)
         norm_R1 = peak_R1 + total_R1.double().log() - weight_bits(vocab) * math.log(2)
-        drawn_R1 = x_RV.gather(1, token_ids.index_select(0, index)[:, None])
+        drawn_R1 = x_RV.gather(1, token_ids.index_select(0, index).clamp(min=0)[:, None])
         sampled.logprobs.index_copy_(0, index, (drawn_R1.double() - norm_R1).float()[:, 0])
         if k:
             top_RV, ids_RV = x_RV.sort(descending=True, stable=True)

@@ -52,6 +52,10 @@ class CaptureMemoryError(CaptureError, DeviceMemoryError):
         self.failed, self.captured = failed, captured
 
 
+class NotANumberError(GraphattnError, ArithmeticError):
+    """A model's logits hold a NaN, so that no token can be drawn from them."""
+
+
 class MemoryLeakError(GraphattnError, RuntimeError):
     """Memory that was taken has not come back; says by which meter and how much."""
 

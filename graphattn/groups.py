@@ -170,6 +170,11 @@ class RowPages:
         for table in self._windowed:
             table.drop_behind(num_tokens)
 
+    def disown(self) -> None:
+        """Has nobody else find the pages it holds, since what is in them is not to be trusted."""
+        for table in self.tables:
+            table.pool.disown(table.pages)
+
     def release(self) -> None:
         """Gives every page back; the tables are empty and can be used again."""
         for table in self.tables:

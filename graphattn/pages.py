@@ -140,6 +140,12 @@ class PagePool:
                 else:
                     self._cached[page] = None
 
+    def disown(self, pages: Sequence[int]) -> None:
+        """Forget what pages in use hold, so that nobody else finds them."""
+        for page in pages:
+            if self._keys[page] is not None:
+                self._forget(page)
+
     def clear_prefixes(self) -> None:
         """Forget every registered content, as after a change of weights.
 

@@ -11,7 +11,7 @@ import torch
 from interpreter import DEVICE, runs
 
 from graphattn import filters
-from graphattn.draw import packed, sample
+from graphattn.draw import NOT_DRAWN, packed, sample
 from graphattn.errors import InvalidArgumentError
 from graphattn.sampling import Ask, RowSampling, SamplingParams
 
@@ -113,6 +113,25 @@ def test_banned_tokens_are_never_drawn():
     for i in range(10):
         logits[i, 20010 - 2001 * i] = -3.0 * i
     assert drawn(logits, rows) == [20010 - 2001 * i for i in range(10)]
+
+
+@runs
+@quiet
+@pytest.mark.parametrize("vocab", [33, 5000])
+def test_nothing_is_drawn_from_nan(vocab: int):
+    """Wherever it stands, whatever the row asks; neighbours draw as ever, and what is fed stays in the vocabulary."""
+    params = [*MIXED, *EVERYTHING]
+    for turn, at in enumerate((0, vocab // 2, vocab - 1)):
+        rows, logits = rows_of(len(params), params), normal(len(params), vocab)
+        logits[turn::2, at] = math.nan if turn else -math.nan
+        want = expected(logits, rows)
+        assert want[turn::2] == [NOT_DRAWN] * len(want[turn::2]) and want.count(NOT_DRAWN) == len(want[turn::2])
+        fed = torch.full((len(rows),), 7, dtype=torch.int32, device=DEVICE)
+        found = draw_gumbel(logits.to(DEVICE), asks_of(rows), positions_of(rows), drawn_B=fed).tolist()
+        assert found == want
+        assert fed.tolist() == [max(token_id, 0) for token_id in want]
+    rows = rows_of(len(params), params)
+    assert drawn(torch.full((len(params), vocab), math.nan), rows) == [NOT_DRAWN] * len(params)
 
 
 @runs

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import math
 import random
 import re
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -816,6 +818,42 @@ def test_a_tokenizer_that_raises_ends_one_request(how: str, options: dict) -> No
     for output, tokens in zip(outputs, want[:2] + want[3:], strict=True):
         assert (output.finish_reason, output.error, output.token_ids) == ("length", None, tokens)
         assert output.text == Letters().all(tokens)
+
+
+@pytest.mark.parametrize("where", ["prompt", "draw"])
+@pytest.mark.parametrize(
+    "sampled", [{}, {"temperature": 1.0, "seed": 3, "top_p": 0.9, "logprobs": 2}], ids=["greedy", "drawn"]
+)
+def test_nan_ends_one_request(where: str, overlap: bool, sampled: dict) -> None:
+    """A weight is NaN that one token reads, in the prompt or drawn on the way; nobody else notices, also not later."""
+    model, params = tiny("llama"), replace(greedy(30), **sampled)
+    prompts = [list(prompt) for prompt in PROMPTS[11:15]]
+    with LLM(model, max_batch=4, num_pages=60, page_size=4) as llm:
+        want = [output.token_ids for output in llm.generate(prompts, params)]
+    at, spoilt = next(
+        (at, token)
+        for at, tokens in enumerate(want)
+        for token in tokens[3:]
+        if not any(token in other for other in (*prompts, tokens[:3], *want[:at], *want[at + 1 :]))
+    )
+    with LLM(model, max_batch=4, num_pages=60, page_size=4) as llm:
+        right = model.model.embed_tokens.weight[spoilt].clone()
+        model.model.embed_tokens.weight.data[spoilt] = math.nan
+        if where == "prompt":
+            prompts[at][2] = spoilt
+        outputs = llm.generate(prompts, params)
+        llm.pool.check()
+        assert llm.pool.num_used == 0 and not llm.has_work
+        failed, tokens = outputs.pop(at), want.pop(at)
+        count = 0 if where == "prompt" else tokens.index(spoilt) + 1
+        assert failed.finish_reason == "error" and failed.token_ids == tokens[:count]
+        assert failed.error.startswith(f"NotANumberError: token {len(prompts[at]) + count} could not be drawn")
+        assert [output.token_ids for output in outputs] == want
+        model.model.embed_tokens.weight.data[spoilt] = right
+        again = llm.generate(prompts, params)
+        assert [output.finish_reason for output in again] == ["length"] * 4
+        assert again.pop(at).timings.cached_tokens == 0
+        assert [output.token_ids for output in again] == want
 
 
 def test_bad_requests_are_refused_and_nothing_else_notices() -> None:

@@ -187,6 +187,26 @@ def test_logits_do_not_depend_on_what_ran_before(backend: str) -> None:
             assert torch.equal(runner.run(*feed)[0], before)
 
 
+@pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
+def test_nan_ends_one_request(compile: bool) -> None:
+    """What is drawn from NaN is fed to the next step before the host knows of it."""
+    model, params = small("llama"), SamplingParams(temperature=0.8, seed=1, max_tokens=20, ignore_eos=True)
+    with LLM(model, max_batch=4, max_seq_len=256, num_pages=80, compile=compile) as llm:
+        texts = [prompt + [5] * 20 for prompt in prompts(4, seed=9, vocab=60)]
+        want = [output.token_ids for output in llm.generate(texts, params)]
+        spoilt = next(t for t in want[2] if t >= 60 and not any(t in tokens for tokens in want[:2] + want[3:]))
+        model.model.embed_tokens.weight.data[spoilt] = float("nan")
+        for each in (params, replace(params, top_p=0.95, top_k=100), replace(params, temperature=0)):
+            outputs = llm.generate([texts[0], texts[1], [*texts[2], spoilt], texts[3]], each)
+            assert [output.finish_reason for output in outputs] == ["length", "length", "error", "length"]
+            assert outputs[2].token_ids == () and outputs[2].error.startswith("NotANumberError")
+        outputs = llm.generate(texts, params)
+        assert outputs[2].finish_reason == "error"
+        assert outputs[2].token_ids == want[2][: want[2].index(spoilt) + 1]
+        assert [output.token_ids for output in outputs[:2] + outputs[3:]] == want[:2] + want[3:]
+        assert llm._executor.runner.counts["eager"] == 0
+
+
 def test_a_workspace_of_cublas_that_is_freed_leaves_captures_right() -> None:
     """Inductor's CUDA graph trees clear cuBLAS's workspaces, wherever they are in use."""
     with LLM(small("llama"), max_batch=4, max_seq_len=128, compile=False) as llm:

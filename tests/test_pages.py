@@ -198,6 +198,15 @@ class PagesMachine(RuleBasedStateMachine):
             request.outdated = bool(request.table.pages)
         self.num_evictions_before = self.pool.num_evictions
 
+    @rule(index=REQUESTS)
+    def disown(self, index: int) -> None:
+        pages, num_used = self.live[index].table.pages, self.pool.num_used
+        if any(page in pages for page, _ in self.pool._contents.values()):
+            self.num_evictions_before = -1  # like an eviction: not all that was registered can be found
+        self.pool.disown(pages)
+        assert self.pool.num_used == num_used
+        assert not any(page in pages for page, _ in self.pool._contents.values())
+
     @rule(added=st.integers(0, 3))
     def grow_pool(self, added: int) -> None:
         num_pages, num_free = self.pool.num_pages, self.pool.num_free

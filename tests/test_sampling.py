@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphattn import draw, filters
-from graphattn.draw import derive_seed, sample
+from graphattn.draw import NOT_DRAWN, derive_seed, sample
 from graphattn.errors import InvalidArgumentError
 from graphattn.noise import exponentials, keys_of
 from graphattn.sampling import Ask, RowSampling, SamplingParams, stop_ids
@@ -156,6 +156,24 @@ def test_minus_infinity_in_the_logits_is_never_drawn_and_harms_no_filter():
     assert sample(normal(len(choices), 2), everything).token_ids.tolist() == [0] * len(choices)
 
 
+def test_nothing_is_drawn_from_nan():
+    rows, logits = busy_rows(), normal(7, 30)
+    expected = sample(logits, rows)
+    for at in range(7):
+        for value in (math.nan, -math.nan):
+            spoilt = logits.clone()
+            spoilt[at, 5 * at % 30] = value
+            found = sample(spoilt, rows)
+            others = torch.arange(7) != at
+            assert found.token_ids[at] == NOT_DRAWN == -1
+            assert found.token_ids[others].equal(expected.token_ids[others])
+            assert found.logprobs[others].allclose(expected.logprobs[others], equal_nan=True)
+    spoilt = logits.clone()
+    spoilt[0, 3] = math.nan  # a token that row 0 bans
+    assert sample(spoilt, rows).token_ids.equal(expected.token_ids)
+    assert sample(logits.fill_(math.nan), [row(temperature=0.0)] * 7).token_ids.tolist() == [NOT_DRAWN] * 7
+
+
 def test_a_row_without_top_p_keeps_its_unlikeliest_token_beside_one_with():
     logits = torch.tensor([[0.0, -50, -60, -70, -80]]).repeat(4, 1)
     left = filtered(logits, [row(top_k=3), row(top_p=0.5), row(), row(top_k=4, top_p=0.5)]) > -INF
@@ -210,11 +228,11 @@ class Ops(TorchDispatchMode):
         return [shapes[0] for op, shapes in self.calls if op.split(".")[0] == name]
 
 
-def test_a_plain_greedy_batch_is_one_argmax():
+def test_a_plain_greedy_batch_is_an_argmax_and_a_look_for_nan():
     logits = normal(4, 30)
     with Ops() as ops:
         sample(logits, [row(temperature=0.0), row(top_k=1), row(temperature=0.0), row(top_k=1)])
-    assert [op for op, _ in ops.calls] == ["argmax"]
+    assert [op for op, _ in ops.calls] == ["argmax", "amax", "isnan", "masked_fill_.Scalar"]
 
 
 def test_only_rows_that_ask_are_sorted_and_drawn():

@@ -93,6 +93,8 @@ class RowDraws:
     def __call__(self, logits_BV: Tensor, token_ids_B: Tensor, positions_B: Tensor) -> Tensor:
         """Draws the token behind each row's last, `[B]` int64, and leaves it in `drawn_R`; captured.
 
+        For a row with a NaN that is `NOT_DRAWN`, and in `drawn_R` 0, since the next step feeds it.
+
         Args:
             logits_BV: where it is drawn from.
             token_ids_B: int32, the last tokens.
@@ -150,5 +152,5 @@ class RowDraws:
         bits_B = torch.where(is_penalised_B & (positions_B > 0), 1 << (token_ids_B & 31), 0).int()
         held_B = seen_BW.gather(1, words_B[:, None])
         seen_BW.scatter_(1, words_B[:, None], held_B | bits_B[:, None])
-        drawn_B.copy_(drawn)
+        drawn_B.copy_(drawn.clamp(min=0))
         return drawn

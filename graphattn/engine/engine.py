@@ -7,7 +7,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, KeysView, Sequence
 
-from ..draw import derive_seed
+from ..draw import NOT_DRAWN, derive_seed
 from ..errors import InvalidRequestError
 from ..sampling import SamplingParams, stop_ids
 from .executor import Executor
@@ -189,8 +189,8 @@ class Engine:
         try:
             reason = request.accept(token_id, logprobs)
             delta = None if reason else request.progress(token_id)
-        except Exception as error:  # a tokenizer that fails on one request must not take the others along
-            self._end(request, "error", (token_id,), error)
+        except Exception as error:  # NaN or a failing tokenizer in one request must not take the others along
+            self._end(request, "error", () if token_id == NOT_DRAWN else (token_id,), error)
             return
         if delta is None:
             self._end(request, reason, (token_id,))

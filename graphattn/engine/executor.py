@@ -181,7 +181,7 @@ class Executor:
         if not drawn:
             return None
         sampled = sample(logits_RV, [request.row() for request in drawn])
-        self.state.drawn[PREFILLED, : len(drawn)].copy_(sampled.token_ids)
+        self.state.drawn[PREFILLED, : len(drawn)].copy_(sampled.token_ids.clamp(min=0))
         return self._take_off(sampled, drawn, PREFILLED)
 
     def decode(self, requests: Sequence[Request]) -> Flight:

@@ -21,7 +21,7 @@ def time_steps(
 ) -> list[float]:
     """Seconds of each of `num_steps` decode steps; `LLM.time_steps` says of what.
 
-    Keys and values are what lies in the pages, each row's in pages of its own. What ran here is in no count.
+    Keys and values are zeros, each row's in pages of its own. What ran here is in no count.
     """
     runner, state = executor.runner, executor.state
     for name, value in (("num_rows", num_rows), ("context", context), ("num_steps", num_steps)):
@@ -54,6 +54,8 @@ def time_steps(
         for row in rows:
             row.grow(last)
         pages = [list(tables) for tables in zip(*(row.pages for row in rows), strict=True)]
+        for cache, tables in zip(executor.caches, pages, strict=True):
+            cache.clear([page for table in tables for page in table])
         executor.check_model()
         executor.draw_greedily(num_rows)
         for done in range(WARM_STEPS + num_steps):

@@ -8,6 +8,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..draw import NOT_DRAWN
+from ..errors import NotANumberError
 from ..groups import RowPages
 from ..sampling import Ask, RowSampling, SamplingParams
 from .text import TextStream
@@ -171,7 +173,17 @@ class Request:
         self.num_unread = 0
 
     def accept(self, token_id: int, logprobs: dict[int, float] | None) -> FinishReason | None:
-        """Reads the first unread token; returns why the request ends with it, if it does."""
+        """Reads the first unread token; returns why the request ends with it, if it does.
+
+        Raises:
+            NotANumberError: it was `NOT_DRAWN`. The request's pages are nobody else's then.
+        """
+        if token_id == NOT_DRAWN:
+            self.pages.disown()
+            raise NotANumberError(
+                f"token {len(self.tokens) - self.num_unread} could not be drawn, the model's logits hold NaN there: "
+                "look for overflow in its dtype and for NaN in its weights"
+            )
         if self.first_token is None:
             self.first_token = time.perf_counter() - self.arrived
         at = len(self.tokens) - self.num_unread

@@ -51,12 +51,14 @@ def choose(
         likely = tl.where(log_min_p > -float("inf"), peak + log_min_p, -float("inf"))
         key = key_of(tl.load(asks + row), tl.load(positions + row) + 1)
         best_id = _best(pool, floor, likely, key, EDITS, BLOCK)
+        is_nan = tl.max((logit != logit).to(tl.int32), 0) > 0
     else:
         score = tl.load(scores + at, mask=split < num_splits, other=-float("inf"))
         best_id = tl.load(ids + row * num_splits + tl.argmax(score, 0, tie_break_left=True))
-    tl.store(drawn_ids + row, best_id.to(tl.int64))
+        is_nan = tl.min(tl.load(ids + at, mask=split < num_splits, other=0), 0) < 0
+    tl.store(drawn_ids + row, tl.where(is_nan, -1, best_id).to(tl.int64))
     if drawn is not None:
-        tl.store(drawn + row, best_id)
+        tl.store(drawn + row, tl.where(is_nan, 0, best_id))  # an embedding has no row of -1
     if EDITS:
         # A row's first token was in the set that was sent; and padding feeds token 0 there, which nobody has seen.
         # Others of this program may still read the word: they take that id for seen anyhow.

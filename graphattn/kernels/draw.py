@@ -61,12 +61,12 @@ def draw_gumbel(
         >>> token_ids_B = draw_gumbel(logits_BV, asks_FB, positions_B)  # doctest: +SKIP
 
     Args:
-        logits_BV: [B, V] bfloat16, float16 or float32 without nan, of any strides. A row that is -inf throughout
-            gives id 0.
+        logits_BV: [B, V] bfloat16, float16 or float32, of any strides. A row that is -inf throughout gives id 0, one
+            with a NaN -1.
         asks_FB: [F, B] int64, the numbers of each row's `Ask`: its seed, the others as bits of a float64.
         positions_B: [B] int32 or int64, of each row's last token; the one behind it is drawn.
         edits: None if the logits have penalty and bans already.
-        drawn_B: [B] int32, where the ids go too.
+        drawn_B: [B] int32, where the ids go too, 0 in place of -1: what a step feeds must be in the vocabulary.
 
     Returns:
         [B] int64.

@@ -23,7 +23,8 @@ def survey(
     logits, stride_b, stride_v, vocab, asks, stride, positions, token_ids, sets, set_stride, row_stride,
     EDITS: tl.constexpr, peaks, masses, counts, num_chunks, span, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Largest logit of each chunk of each row with a filter; with top-p alone, its mass over that of this logit too."""
+    """Largest logit of each chunk of each row with a filter, NaN where one is; with top-p alone, its mass over that of
+    this logit too."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if split == 0:
         tl.store(counts + row, 0)
@@ -38,7 +39,7 @@ def survey(
         offset = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
         for start in range(split * span, min(split * span + span, vocab), BLOCK):
             x = logits_of(source, start + offset, EDITS)
-            peak = tl.max(x, 1)
+            peak = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(x, 1))  # a maximum may lose it
             at, inside = start // CHUNK + chunk, start // CHUNK + chunk < num_chunks
             tl.store(peaks + row * num_chunks + at, peak, mask=inside)
             if (top_k == 0) & (tail >= 0):
@@ -56,7 +57,8 @@ def gather(
     EDITS: tl.constexpr, peaks, masses, num_chunks, counts, bounds, weights, held, held_ids, room, scores, ids,
     span, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Of each part of each row the best score and its id; with top-k or top-p what reaches a bound, in any order."""
+    """Of each part of each row the best score and its id, -1 if a logit is NaN; with top-k or top-p what reaches a
+    bound, in any order."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     temperature = asked(asks, stride, row, TEMPERATURE).to(tl.float32)
     top_k, tail = filters_of(asks, stride, row, vocab)
@@ -143,13 +145,16 @@ def _largest(source, first, last, EDITS: tl.constexpr, BLOCK: tl.constexpr):
     """Largest logit in a part of a row, and the lowest id that has it; threads meet once, at the end."""
     best_id = first + tl.arange(0, BLOCK)
     best = logits_of(source, best_id, EDITS)
+    is_nan = best != best
     for start in range(first + BLOCK, last, BLOCK):
         index = start + tl.arange(0, BLOCK)
         logit = logits_of(source, index, EDITS)
         best_id = tl.where(logit > best, index, best_id)
         best = tl.maximum(best, logit)
+        is_nan |= logit != logit
     top = tl.max(best, 0)
-    return top.to(tl.float64), tl.min(tl.where(best == top, best_id, last), 0)
+    top_id = tl.min(tl.where(best == top, best_id, last), 0)
+    return top.to(tl.float64), tl.where(tl.max(is_nan.to(tl.int32), 0) > 0, -1, top_id)
 
 
 @triton.jit
@@ -161,9 +166,11 @@ def _best(source, first, last, temperature, floor, key, EDITS: tl.constexpr, BLO
     """
     inverse = 1.0 / temperature
     best, best_id = tl.full([], -float("inf"), tl.float64), first
+    is_nan = tl.zeros([BLOCK], tl.int1)
     for start in range(first, last, BLOCK):
         index = start + tl.arange(0, BLOCK)
         logit = logits_of(source, index, EDITS)
+        is_nan |= logit != logit
         bound = best.to(tl.float32)
         u = ((bits(key, index) >> 41).to(tl.int32) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0  # 23 bits
         # Errors are below 1e-6 * |best| + 1e-4 where x is near enough to matter. A best of inf makes this nan, and is
@@ -176,4 +183,4 @@ def _best(source, first, last, temperature, floor, key, EDITS: tl.constexpr, BLO
             top, at = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
             if top > best:
                 best, best_id = top, start + at
-    return best, best_id
+    return best, tl.where(tl.max(is_nan.to(tl.int32), 0) > 0, -1, best_id)

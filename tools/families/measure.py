@@ -14,7 +14,7 @@ from transformers.masking_utils import eager_mask
 from graphattn import LLM, UnsupportedModelError
 from graphattn.batch import ragged_batch
 
-from .table import FAMILIES, build, eager
+from .table import FAMILIES, build, eager, to_every_expert
 
 PROMPTS = (1, 5, 16, 17, 40)  # tokens of each row before it decodes, a page of 16 more and less
 DECODED = 6  # steps, in which a row grows into another page
@@ -68,13 +68,14 @@ def measure(
 
     Args:
         name: of `FAMILIES`.
-        dtype: of weights and activations; plain torch is measured in it, and in the one above.
+        dtype: of weights and activations; plain torch is measured in it, and in the one above. In half types tokens
+            go to all experts.
         device: "cpu" or "cuda"; only there a decode step is captured, elsewhere it is the plain call.
         compile: whether the step is compiled.
         seed: of weights and tokens.
         backend: as `LLM` takes it.
     """
-    family = FAMILIES[name]
+    family = FAMILIES[name] if dtype.itemsize > 2 else to_every_expert(FAMILIES[name])
     model = build(family, dtype=dtype, device=device, seed=seed)
     plain, exact = eager(model, dtype), eager(model, WIDER[dtype])
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -136,6 +136,18 @@ FAMILIES = {
         "DeepSeek-V3 with YaRN", "deepseek_v3", 3, **DEEPSEEK | {"rope_parameters": {**YARN, "mscale_all_dim": 1.0}}
     ),
 }
+
+
+def to_every_expert(family: Family) -> Family:
+    """The family with every token at all experts. Which of them score best a rounding may change, and with that the
+    logits, so in half types no two ways of computing the same model need agree where some are left out."""
+    if not family.has_experts:
+        return family
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    changed = {"num_experts_per_tok": next(family.config[name] for name in names if name in family.config)}
+    if "n_group" in family.config:
+        changed["topk_group"] = family.config["n_group"]
+    return replace(family, config=family.config | changed)
 
 
 def build(family: Family, *, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> PreTrainedModel:

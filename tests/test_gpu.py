@@ -193,10 +193,12 @@ def test_nan_ends_one_request(compile: bool) -> None:
     model, params = small("llama"), SamplingParams(temperature=0.8, seed=1, max_tokens=20, ignore_eos=True)
     with LLM(model, max_batch=4, max_seq_len=256, num_pages=80, compile=compile) as llm:
         texts = [prompt + [5] * 20 for prompt in prompts(4, seed=9, vocab=60)]
-        want = [output.token_ids for output in llm.generate(texts, params)]
-        spoilt = next(t for t in want[2] if t >= 60 and not any(t in tokens for tokens in want[:2] + want[3:]))
+        asked = (params, replace(params, top_p=0.95, top_k=100), replace(params, temperature=0))
+        wanted = [[output.token_ids for output in llm.generate(texts, each)] for each in asked]
+        want, others = wanted[0], {token for each in wanted for tokens in each[:2] + each[3:] for token in tokens}
+        spoilt = next(token for token in want[2] if token >= 60 and token not in others)
         model.model.embed_tokens.weight.data[spoilt] = float("nan")
-        for each in (params, replace(params, top_p=0.95, top_k=100), replace(params, temperature=0)):
+        for each in asked:
             outputs = llm.generate([texts[0], texts[1], [*texts[2], spoilt], texts[3]], each)
             assert [output.finish_reason for output in outputs] == ["length", "length", "error", "length"]
             assert outputs[2].token_ids == () and outputs[2].error.startswith("NotANumberError")

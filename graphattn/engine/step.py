@@ -145,7 +145,9 @@ def _compiled(
         placeholders = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
         sizes = {place for place, value in enumerate(placeholders) if isinstance(value, torch.SymInt)}
         folded = fold_few_rows(graph)
-        compiled = compile_fx(graph, inputs)
+        # Padding holds the number of rows to a range wherever the width of a linear is no multiple of 8.
+        with torch._inductor.config.patch(shape_padding=False):
+            compiled = compile_fx(graph, inputs)
         graphs.append(folded)
         return lambda *inputs: compiled(*one.taken(inputs, sizes))
 

@@ -82,6 +82,52 @@ def test_block_0_is_never_given_out(nano):
 
 
 @needs_package
+def test_norm_and_rotation_are_taken_over_if_they_are_the_same(package, monkeypatch):
+    asked = [tokens(length, seed=length) for length in (3, 60, 300)], [6] * 3
+    theirs = answers(package, asked)
+    rotary = type(layers(package)[0].rotary_emb)
+    nanovllm.install()
+    assert all(layer.attn.rotary is not None for layer in layers(package))
+    assert answers(package, asked) == theirs
+    nanovllm.uninstall()
+
+    turn = rotary.forward
+    monkeypatch.setattr(rotary, "forward", lambda self, at, q, k: turn(self, at, 1.001 * q, k))
+    theirs = answers(package, asked)
+    nanovllm.install()
+    assert all(layer.attn.rotary is None for layer in layers(package)), "a query a thousandth longer"
+    assert answers(package, asked) == theirs
+
+
+def layers(package: Package) -> list:
+    engine = package.engine()
+    found = [module for module in engine.model_runner.model.modules() if hasattr(module, "attn")]
+    engine.exit()
+    return found
+
+
+@needs_package
+def test_what_was_drawn_is_not_sent(package):
+    nanovllm.install()
+    engine, sent = package.engine(), []
+    state = engine.model_runner.graphattn.runner.state
+    decode = engine.model_runner.graphattn.decode
+
+    def counted(rows):
+        before = state.num_sent
+        hidden = decode(rows)
+        sent.append((rows.drawn, state.num_sent - before))
+        return hidden
+
+    engine.model_runner.graphattn.decode = counted
+    package.generate(engine, [tokens(9, seed) for seed in range(3)], [8, 8, 8])
+    assert [drawn for drawn, _ in sent[1:]] == [[0, 1, 2]] * 6 and None not in sent[0][0]
+    assert [count for _, count in sent[1:]] == [0] * 6
+    del engine.model_runner.graphattn.decode
+    engine.exit()
+
+
+@needs_package
 def test_a_prompt_that_is_cached_whole(package):
     """Versions without chunks share every full block; the row then feeds no token, and its logits are another's."""
     prompt = tokens(600, seed=5)

@@ -9,6 +9,7 @@ import torch
 
 from ...batch import Batch, ragged_batch
 from ...pages import NULL_PAGE
+from .drawn import Drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +20,18 @@ class Decode:
         token_ids: the last token of each, which it feeds.
         seq_lens: tokens of each with that one.
         tables: pages of each; nano-vLLM's own lists, which grow between steps.
+        drawn: where that token lies on the device, None for one that has to be sent.
     """
 
     token_ids: list[int]
     seq_lens: list[int]
     tables: list[list[int]]
+    drawn: list[int | None]
 
     @classmethod
-    def of(cls, seqs: Sequence) -> Decode:
-        return cls([seq.last_token for seq in seqs], [len(seq) for seq in seqs], [seq.block_table for seq in seqs])
+    def of(cls, seqs: Sequence, drawn: Drawn) -> Decode:
+        token_ids, tables = [seq.last_token for seq in seqs], [seq.block_table for seq in seqs]
+        return cls(token_ids, [len(seq) for seq in seqs], tables, [drawn.place(seq) for seq in seqs])
 
 
 def prefill_batch(seqs: Sequence, *, page_size: int, device: torch.device) -> Batch:

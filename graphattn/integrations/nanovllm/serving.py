@@ -17,6 +17,7 @@ from ...plan import Planner
 from ...runner import DecodeRunner
 from ...spec import AttentionSpec, CacheSpec
 from ...state import StepState
+from .drawn import DECODED, PREFILLED, Drawn
 from .layout import LayoutError
 from .rows import Decode
 
@@ -37,6 +38,7 @@ class Serving:
 
     Attributes:
         runner: captures and replays decode steps, once laid out.
+        drawn: where tokens lie that were drawn last.
 
     Raises:
         LayoutError: layers differ in heads, width or scale.
@@ -71,6 +73,7 @@ class Serving:
         self._page_size, self._max_batch, self._max_seq_len = page_size, max_batch, max_seq_len
         self._max_prefill_tokens, self._enforce_eager = max_prefill_tokens, enforce_eager
         self.runner: DecodeRunner | None = None
+        self.drawn = Drawn()
         OPEN.add(self)
 
     def lay_out_smallest(self) -> None:
@@ -103,13 +106,15 @@ class Serving:
 
     def prefill(self, batch: Batch) -> Tensor:
         """Hidden states of all tokens of ragged rows, `[N, hidden]`."""
+        self.drawn.begin(self.runner.state.drawn, PREFILLED)
         self._prefill_plan.plan(batch)
         with active_plans(self._prefill_plan.groups):
             return self._model(batch.token_ids_N, batch.positions_N)
 
     def decode(self, rows: Decode) -> Tensor:
         """Hidden states of one token of each row, `[B, hidden]`; the next step overwrites them."""
-        return self.runner.run(rows.token_ids, rows.seq_lens, [rows.tables])
+        self.drawn.begin(self.runner.state.drawn, DECODED)
+        return self.runner.run(rows.token_ids, rows.seq_lens, [rows.tables], rows.drawn)
 
     def close(self) -> None:
         """Frees graphs and buffers, and lets go of the pages."""

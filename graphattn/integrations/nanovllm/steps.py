@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...pages import NULL_PAGE
 from .layout import Modules
+from .rotation import take_over
 from .rows import Decode, prefill_batch
 from .serving import Serving
 
@@ -20,20 +21,25 @@ def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
     """
     kind, blocks, attention = nano.runner.ModelRunner, nano.blocks.BlockManager, nano.attention.Attention
     warm_up, allocate, leave, make_blocks = kind.warmup_model, kind.allocate_kv_cache, kind.exit, blocks.__init__
+    run_rows = kind.run
 
     def warmup_model(self) -> None:
         """Captures over two pages, then warms up; what that took is held while nano-vLLM sizes its cache."""
-        config = self.config
+        config, hf_config = self.config, self.config.hf_config
+        with torch.device("cpu"):  # the default of every later step; here it is CUDA
+            take_over(self.model, attention, hf_config)
         serving = self.graphattn = Serving(
             self.model,
             [module for module in self.model.modules() if isinstance(module, attention)],
             page_size=self.block_size,
             max_batch=config.max_num_seqs,
-            max_seq_len=config.hf_config.max_position_embeddings,
+            max_seq_len=hf_config.max_position_embeddings,
             max_prefill_tokens=config.max_num_batched_tokens,
             enforce_eager=self.enforce_eager,
         )
-        with torch.device("cpu"):  # the default of every later step; here it is CUDA
+        if isinstance(sampler := getattr(self, "sampler", None), torch.nn.Module):
+            sampler.register_forward_hook(lambda module, inputs, token_ids: serving.drawn.keep(token_ids))
+        with torch.device("cpu"):
             serving.lay_out_smallest()
             with torch.inference_mode():
                 serving.runner.capture(max_buckets=1 if self.enforce_eager else None)
@@ -62,7 +68,13 @@ def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
     def prepare_decode(self, seqs: list) -> tuple:
         """What `run_model` takes: the rows, and nothing besides."""
         nano.context.set_context(False)
-        return Decode.of(seqs), None
+        return Decode.of(seqs, self.graphattn.drawn), None
+
+    def run(self, seqs: list, is_prefill: bool) -> list[int] | None:
+        """Runs the rows, and notes where on the device lies what was drawn for them."""
+        token_ids = run_rows(self, seqs, is_prefill)
+        self.graphattn.drawn.end(seqs, token_ids)
+        return token_ids
 
     @torch.inference_mode()
     def run_model(self, input_ids, positions: None, is_prefill: bool) -> Tensor | None:
@@ -76,14 +88,20 @@ def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
         leave(self)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Appends and attends: q `[N, heads, head_dim]`, k and v `[N, kv_heads, head_dim]`."""
-        return torch.ops.graphattn.attend(q, k, v, self.k_page, self.v_page, 0)
+        """Appends and attends, and norms and rotates before that where it was taken over.
+
+        q is `[N, heads, head_dim]`, k and v are `[N, kv_heads, head_dim]`.
+        """
+        if (rotary := self.rotary) is None:
+            return torch.ops.graphattn.attend(q, k, v, self.k_page, self.v_page, 0)
+        norms = (rotary.q_weight, rotary.k_weight, rotary.eps)
+        return torch.ops.graphattn.rotary_attend(q, k, v, self.k_page, self.v_page, 0, rotary.inv_freq, 1.0, *norms, 0)
 
     def reserve(self, num_blocks: int, block_size: int) -> None:
         """Block 0 is never given out: padding rows write to it."""
         make_blocks(self, num_blocks, block_size)
         self.free_block_ids.remove(NULL_PAGE)
 
-    steps = (warmup_model, allocate_kv_cache, capture_cudagraph, prepare_prefill, prepare_decode, run_model, exit)
+    steps = (warmup_model, allocate_kv_cache, capture_cudagraph, prepare_prefill, prepare_decode, run_model, run, exit)
     replaced = [(kind, function.__name__, function) for function in steps]
     return [*replaced, (attention, "forward", forward), (blocks, "__init__", reserve)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import nano_cpu
 import pytest
 import torch
-from nano_engines import Forced, Package, answers, needs_package, requests, tokens
+from nano_engines import COLD, Forced, Package, answers, needs_package, requests, tokens
 from tiny import tiny
 
 from graphattn import InvalidArgumentError
@@ -82,6 +83,13 @@ def test_block_0_is_never_given_out(nano):
 
 
 @needs_package
+def test_norm_and_rotation_are_taken_over_in_bfloat16(cuda, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "flash_attn", nano_cpu.flash_attn())
+    nanovllm.install()
+    assert all(layer.attn.rotary is not None for layer in layers(Package(tmp_path, torch.bfloat16)))
+
+
+@needs_package
 def test_norm_and_rotation_are_taken_over_if_they_are_the_same(package, monkeypatch):
     asked = [tokens(length, seed=length) for length in (3, 60, 300)], [6] * 3
     theirs = answers(package, asked)
@@ -123,6 +131,9 @@ def test_what_was_drawn_is_not_sent(package):
     package.generate(engine, [tokens(9, seed) for seed in range(3)], [8, 8, 8])
     assert [drawn for drawn, _ in sent[1:]] == [[0, 1, 2]] * 6 and None not in sent[0][0]
     assert [count for _, count in sent[1:]] == [0] * 6
+    if len(inspect.signature(engine.model_runner.prepare_sample).parameters) == 1:
+        asked = engine.model_runner.graphattn.temperatures[0]
+        assert asked == [COLD] * 3
     del engine.model_runner.graphattn.decode
     engine.exit()
 

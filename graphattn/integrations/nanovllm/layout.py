@@ -86,9 +86,9 @@ def load() -> Modules:
     return Modules(*(modules[name] for name in names))
 
 
-def _names(code: CodeType) -> list[str]:
+def names_of(code: CodeType) -> list[str]:
     """Names that a function uses, in the order of their first use; those of comprehensions in it last."""
-    inner = (name for each in code.co_consts if isinstance(each, CodeType) for name in _names(each))
+    inner = (name for each in code.co_consts if isinstance(each, CodeType) for name in names_of(each))
     return [*dict.fromkeys([*code.co_names, *inner])]
 
 
@@ -108,7 +108,7 @@ def _difference(module: ModuleType, path: str, parameters: list[str], uses: list
         return f"it takes ({', '.join(taken)}), known is ({', '.join(parameters)})"
     if path.startswith("ModelRunner.") and len(taken) != len(parameters):
         return f"it takes ({', '.join(taken)}), known is ({', '.join(parameters)})"
-    used = [name for name in _names(code) if name in uses]
+    used = [name for name in names_of(code) if name in uses]
     if set(used) != set(uses):
         return f"it does not use {', '.join(name for name in uses if name not in used)}"
     if path == "ModelRunner.__init__" and used != uses:

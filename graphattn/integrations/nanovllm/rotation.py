@@ -71,7 +71,8 @@ def _is_same(owner: nn.Module, rotary: Rotary, config) -> bool:
     last = config.max_position_embeddings - 1
     positions = torch.tensor([*(2**bit for bit in range(last.bit_length())), 0, last], device=device)
     heads = (layer.num_heads, layer.num_kv_heads)
-    q, k = (torch.randn(len(positions), n, layer.head_dim, generator=generator, device="cpu").to(device) for n in heads)
+    drawn = {"generator": generator, "dtype": torch.float32, "device": "cpu"}  # the default dtype is the model's
+    q, k = (torch.randn(len(positions), count, layer.head_dim, **drawn).to(device) for count in heads)
     normed = [x.clone() if norm is None else norm(x.clone()) for x, norm in zip((q, k), _norms(owner), strict=True)]
     try:
         own = owner.rotary_emb(positions, *normed)

@@ -39,6 +39,7 @@ class Serving:
     Attributes:
         runner: captures and replays decode steps, once laid out.
         drawn: where tokens lie that were drawn last.
+        temperatures: that were sent last, as numbers and on the device; None before.
 
     Raises:
         LayoutError: layers differ in heads, width or scale.
@@ -74,6 +75,7 @@ class Serving:
         self._max_prefill_tokens, self._enforce_eager = max_prefill_tokens, enforce_eager
         self.runner: DecodeRunner | None = None
         self.drawn = Drawn()
+        self.temperatures: tuple[list[float], Tensor] | None = None
         OPEN.add(self)
 
     def lay_out_smallest(self) -> None:

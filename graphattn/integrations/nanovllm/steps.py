@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ...pages import NULL_PAGE
-from .layout import Modules
+from .layout import Modules, names_of
 from .rotation import take_over
 from .rows import Decode, prefill_batch
 from .serving import Serving
+
+OF_TEMPERATURES = {"temperature", "torch", "tensor", "float32", "cuda"}  # a `prepare_sample` of these sends no more
 
 
 def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
@@ -21,7 +23,7 @@ def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
     """
     kind, blocks, attention = nano.runner.ModelRunner, nano.blocks.BlockManager, nano.attention.Attention
     warm_up, allocate, leave, make_blocks = kind.warmup_model, kind.allocate_kv_cache, kind.exit, blocks.__init__
-    run_rows = kind.run
+    run_rows, send_sampling = kind.run, vars(kind).get("prepare_sample")
 
     def warmup_model(self) -> None:
         """Captures over two pages, then warms up; what that took is held while nano-vLLM sizes its cache."""
@@ -76,6 +78,13 @@ def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
         self.graphattn.drawn.end(seqs, token_ids)
         return token_ids
 
+    def prepare_sample(self, seqs: list) -> Tensor:
+        """Temperatures on the device, sent if they are not those of the step before."""
+        asked = [seq.temperature for seq in seqs]
+        if self.graphattn.temperatures is None or self.graphattn.temperatures[0] != asked:
+            self.graphattn.temperatures = (asked, send_sampling(self, seqs))
+        return self.graphattn.temperatures[1]
+
     @torch.inference_mode()
     def run_model(self, input_ids, positions: None, is_prefill: bool) -> Tensor | None:
         """Logits of each row's last token, `[rows, vocab]`; None for ranks other than the first."""
@@ -103,5 +112,7 @@ def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
         self.free_block_ids.remove(NULL_PAGE)
 
     steps = (warmup_model, allocate_kv_cache, capture_cudagraph, prepare_prefill, prepare_decode, run_model, run, exit)
+    if send_sampling is not None and {*names_of(send_sampling.__code__)} <= OF_TEMPERATURES:
+        steps += (prepare_sample,)
     replaced = [(kind, function.__name__, function) for function in steps]
     return [*replaced, (attention, "forward", forward), (blocks, "__init__", reserve)]

@@ -74,6 +74,14 @@ def test_logits_beside_flash_attn(package):
     assert off[0] <= 2 * off[1] + 1e-3, off
 
 
+def test_norm_and_rotation_are_taken_over(package):
+    nanovllm.install()
+    engine = package.engine(**SMALL)
+    layers = [module.attn for module in engine.model_runner.model.modules() if hasattr(module, "attn")]
+    assert layers and all(layer.rotary is not None for layer in layers)
+    engine.exit()
+
+
 def test_decode_steps_replay_and_allocate_nothing(package):
     nanovllm.install()
     engine = package.engine(max_num_seqs=20, **SMALL)

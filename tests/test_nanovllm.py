@@ -13,6 +13,7 @@ from tiny import tiny
 
 from graphattn import InvalidArgumentError
 from graphattn.integrations import nanovllm
+from graphattn.integrations.nanovllm.ahead import Ahead
 
 pytest_plugins = ("nano_fixtures",)
 pytestmark = pytest.mark.usefixtures("restored")
@@ -135,6 +136,49 @@ def test_what_was_drawn_is_not_sent(package):
         asked = engine.model_runner.graphattn.temperatures[0]
         assert asked == [COLD] * 3
     del engine.model_runner.graphattn.decode
+    engine.exit()
+
+
+@needs_package
+def test_the_next_step_is_launched_before_this_one_is_read(package, monkeypatch):
+    """Rows end by what is drawn, each at another step, and others come; tokens are those of steps one by one."""
+    asked = [tokens(length, seed=length) for length in (3, 60, 250, 300, 17, 254)], [40, 30, 40, 9, 40, 40]
+    whole = answers(package, asked)
+    end = max(range(128), key=lambda token: len({answer.index(token) for answer in whole if token in answer}))
+    theirs = [answer[: answer.index(end) + 1] if end in answer else answer for answer in whole]
+    assert theirs != whole
+
+    found, of = [], Ahead.of
+    monkeypatch.setattr(
+        Ahead, "of", lambda self, rows: found.append((len(self._rows), len(rows.seqs))) or of(self, rows)
+    )
+    nanovllm.install()
+    for late in (0, 2):
+        engine = package.engine()
+        engine.scheduler.eos = end
+        params = sys.modules["nanovllm"].SamplingParams
+        waiting = [(prompt, params(temperature=COLD, max_tokens=count)) for prompt, count in zip(*asked, strict=True)]
+        outputs = {}
+        while waiting or not engine.is_finished():
+            while waiting and (len(waiting) > late or len(outputs) > 1 or engine.is_finished()):
+                engine.add_request(*waiting.pop(0))
+            outputs |= dict(engine.step()[0])
+        engine.exit()
+        assert [list(outputs[key]) for key in sorted(outputs)] == theirs
+    assert any(before == now for before, now in found) and any(before > now for before, now in found)
+
+
+@needs_package
+def test_no_step_ahead_where_it_must_not_be(package, monkeypatch):
+    monkeypatch.setattr(Ahead, "__init__", lambda *args: pytest.fail("a step ahead"))
+    asked = [tokens(9)], [6]
+    nanovllm.install()
+    answers(package, asked, enforce_eager=True)
+    engine = package.engine()
+    engine.model_runner.graphattn.waiting.append(None)  # somebody waits
+    engine.model_runner.graphattn.waiting = tuple(engine.model_runner.graphattn.waiting)
+    engine.scheduler.waiting.clear()
+    package.generate(engine, *asked)
     engine.exit()
 
 

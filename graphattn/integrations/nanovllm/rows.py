@@ -17,12 +17,14 @@ class Decode:
     """Rows of a decode step.
 
     Attributes:
+        seqs: whose they are.
         token_ids: the last token of each, which it feeds.
         seq_lens: tokens of each with that one.
         tables: pages of each; nano-vLLM's own lists, which grow between steps.
         drawn: where that token lies on the device, None for one that has to be sent.
     """
 
+    seqs: Sequence
     token_ids: list[int]
     seq_lens: list[int]
     tables: list[list[int]]
@@ -31,7 +33,12 @@ class Decode:
     @classmethod
     def of(cls, seqs: Sequence, drawn: Drawn) -> Decode:
         token_ids, tables = [seq.last_token for seq in seqs], [seq.block_table for seq in seqs]
-        return cls(token_ids, [len(seq) for seq in seqs], tables, [drawn.place(seq) for seq in seqs])
+        return cls(seqs, token_ids, [len(seq) for seq in seqs], tables, [drawn.place(seq) for seq in seqs])
+
+    def keys(self) -> list[tuple]:
+        """What each row's results depend on: two of one key in a row of steps are the same row."""
+        fed = zip(self.seqs, self.seq_lens, self.tables, self.drawn, strict=True)
+        return [(id(seq), length, len(table), table[-1], place) for seq, length, table, place in fed]
 
 
 def prefill_batch(seqs: Sequence, *, page_size: int, device: torch.device) -> Batch:

@@ -17,6 +17,7 @@ from ...plan import Planner
 from ...runner import DecodeRunner
 from ...spec import AttentionSpec, CacheSpec
 from ...state import StepState
+from .ahead import Ahead, expected
 from .drawn import DECODED, PREFILLED, Drawn
 from .layout import LayoutError
 from .rows import Decode
@@ -34,12 +35,14 @@ class Serving:
         max_batch: rows of a decode step at most, always a bucket.
         max_seq_len: tokens that a row may reach.
         max_prefill_tokens: of all rows of a prefill together.
-        enforce_eager: no CUDA graphs.
+        enforce_eager: no CUDA graphs, and no step ahead.
+        is_alone: whether no other rank has to launch what this one does.
 
     Attributes:
         runner: captures and replays decode steps, once laid out.
         drawn: where tokens lie that were drawn last.
         temperatures: that were sent last, as numbers and on the device; None before.
+        waiting: the scheduler's sequences that are not prefilled; None if that is not known.
 
     Raises:
         LayoutError: layers differ in heads, width or scale.
@@ -55,6 +58,7 @@ class Serving:
         max_seq_len: int,
         max_prefill_tokens: int,
         enforce_eager: bool,
+        is_alone: bool,
     ):
         specs = [
             AttentionSpec(
@@ -76,6 +80,10 @@ class Serving:
         self.runner: DecodeRunner | None = None
         self.drawn = Drawn()
         self.temperatures: tuple[list[float], Tensor] | None = None
+        self.waiting: Sequence | None = None
+        self._runs_ahead = is_alone and not enforce_eager
+        self._seqs: Sequence = ()  # of the decode step that was launched last, if no prefill was since
+        self._ahead: Ahead | None = None
         OPEN.add(self)
 
     def lay_out_smallest(self) -> None:
@@ -108,6 +116,7 @@ class Serving:
 
     def prefill(self, batch: Batch) -> Tensor:
         """Hidden states of all tokens of ragged rows, `[N, hidden]`."""
+        self._seqs, self._ahead = (), None
         self.drawn.begin(self.runner.state.drawn, PREFILLED)
         self._prefill_plan.plan(batch)
         with active_plans(self._prefill_plan.groups):
@@ -115,7 +124,25 @@ class Serving:
 
     def decode(self, rows: Decode) -> Tensor:
         """Hidden states of one token of each row, `[B, hidden]`; the next step overwrites them."""
+        ahead, self._ahead, self._seqs = self._ahead, None, rows.seqs
         self.drawn.begin(self.runner.state.drawn, DECODED)
+        hidden = None if ahead is None else ahead.of(rows)
+        return self._run(rows) if hidden is None else hidden
+
+    def sampled(self, token_ids_B: Tensor) -> None:
+        """The sampler drew for the step that was launched last. Launches the one that is expected next.
+
+        While that runs, the host reads, schedules and launches what follows it. Not where a prefill may come first.
+        """
+        self.drawn.keep(token_ids_B)
+        if not self._runs_ahead or self.waiting is None or self.waiting or len(token_ids_B) != len(self._seqs):
+            return
+        rows = expected(self._seqs, page_size=self._page_size, max_seq_len=self._max_seq_len)
+        if rows is not None:
+            with torch.inference_mode():
+                self._ahead = Ahead(rows, self._run(rows))
+
+    def _run(self, rows: Decode) -> Tensor:
         return self.runner.run(rows.token_ids, rows.seq_lens, [rows.tables], rows.drawn)
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
     """
     kind, blocks, attention = nano.runner.ModelRunner, nano.blocks.BlockManager, nano.attention.Attention
     warm_up, allocate, leave, make_blocks = kind.warmup_model, kind.allocate_kv_cache, kind.exit, blocks.__init__
+    engine, make = nano.engine.LLMEngine, nano.engine.LLMEngine.__init__
     run_rows, send_sampling = kind.run, vars(kind).get("prepare_sample")
 
     def warmup_model(self) -> None:
@@ -38,9 +39,10 @@ def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
             max_seq_len=hf_config.max_position_embeddings,
             max_prefill_tokens=config.max_num_batched_tokens,
             enforce_eager=self.enforce_eager,
+            is_alone=getattr(self, "world_size", 1) == 1,
         )
         if isinstance(sampler := getattr(self, "sampler", None), torch.nn.Module):
-            sampler.register_forward_hook(lambda module, inputs, token_ids: serving.drawn.keep(token_ids))
+            sampler.register_forward_hook(lambda module, inputs, token_ids: serving.sampled(token_ids))
         with torch.device("cpu"):
             serving.lay_out_smallest()
             with torch.inference_mode():
@@ -106,6 +108,11 @@ def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
         norms = (rotary.q_weight, rotary.k_weight, rotary.eps)
         return torch.ops.graphattn.rotary_attend(q, k, v, self.k_page, self.v_page, 0, rotary.inv_freq, 1.0, *norms, 0)
 
+    def make_engine(self, *arguments, **options) -> None:
+        """Has its rank know who waits."""
+        make(self, *arguments, **options)
+        self.model_runner.graphattn.waiting = getattr(getattr(self, "scheduler", None), "waiting", None)
+
     def reserve(self, num_blocks: int, block_size: int) -> None:
         """Block 0 is never given out: padding rows write to it."""
         make_blocks(self, num_blocks, block_size)
@@ -115,4 +122,5 @@ def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
     if send_sampling is not None and {*names_of(send_sampling.__code__)} <= OF_TEMPERATURES:
         steps += (prepare_sample,)
     replaced = [(kind, function.__name__, function) for function in steps]
-    return [*replaced, (attention, "forward", forward), (blocks, "__init__", reserve)]
+    replaced += [(attention, "forward", forward), (blocks, "__init__", reserve)]
+    return [*replaced, (engine, "__init__", make_engine)]

@@ -78,12 +78,9 @@ class Serving:
         self._page_size, self._max_batch, self._max_seq_len = page_size, max_batch, max_seq_len
         self._max_prefill_tokens, self._enforce_eager = max_prefill_tokens, enforce_eager
         self.runner: DecodeRunner | None = None
-        self.drawn = Drawn()
         self.temperatures: tuple[list[float], Tensor] | None = None
         self.waiting: Sequence | None = None
         self._runs_ahead = is_alone and not enforce_eager
-        self._seqs: Sequence = ()  # of the decode step that was launched last, if no prefill was since
-        self._ahead: Ahead | None = None
         OPEN.add(self)
 
     def lay_out_smallest(self) -> None:
@@ -111,6 +108,9 @@ class Serving:
         ladder = BucketLadder.default(self._max_batch)
         self.runner = DecodeRunner(self._model, state, planner, ladder=ladder, enforce_eager=self._enforce_eager)
         self._prefill_plan = planner.prefill("auto", self._max_prefill_tokens)
+        self.drawn = Drawn()
+        self._seqs: Sequence = ()  # of the decode step that was launched last, if no prefill was since
+        self._ahead: Ahead | None = None
         for layer, (k_cache, v_cache) in zip(self._layers, pages, strict=True):
             layer.k_page, layer.v_page = first_page(k_cache), first_page(v_cache)
 

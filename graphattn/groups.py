@@ -170,10 +170,10 @@ class RowPages:
         for table in self._windowed:
             table.drop_behind(num_tokens)
 
-    def disown(self) -> None:
-        """Has nobody else find the pages it holds, since what is in them is not to be trusted."""
+    def disown(self, token_ids: Sequence[int]) -> None:
+        """As `BlockTable.disown`; pages of windows are found by those of the group that keeps most."""
         for table in self.tables:
-            table.pool.disown(table.pages)
+            table.disown(token_ids)
 
     def release(self) -> None:
         """Gives every page back; the tables are empty and can be used again."""

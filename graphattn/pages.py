@@ -140,11 +140,14 @@ class PagePool:
                 else:
                     self._cached[page] = None
 
-    def disown(self, pages: Sequence[int]) -> None:
-        """Forget what pages in use hold, so that nobody else finds them."""
-        for page in pages:
-            if self._keys[page] is not None:
-                self._forget(page)
+    def disown(self, token_ids: Sequence[int], key: int = 0) -> None:
+        """Forget the page that token_ids begin with, and so all that follows: no serial comes back."""
+        page, _ = self._contents.get((self._start(key), tuple(token_ids[: self.page_size])), (NULL_PAGE, 0))
+        if page != NULL_PAGE:
+            self._forget(page)
+            if page in self._cached:
+                del self._cached[page]
+                self._free.append(page)
 
     def clear_prefixes(self) -> None:
         """Forget every registered content, as after a change of weights.
@@ -336,6 +339,10 @@ class BlockTable:
         pool.release(self.pages[keep:][::-1])
         del self.pages[keep:], self._serials[num_full:]
         self._fills_at = min(self._fills_at, (num_full + 1) * size)
+
+    def disown(self, token_ids: Sequence[int]) -> None:
+        """Have nobody find what its request computed of token_ids, held or not, since it is not to be trusted."""
+        self.pool.disown(token_ids, self._key)
 
     def release(self) -> None:
         """Give every page back, the last one to be evicted first; the table is empty and can be used again."""

@@ -856,6 +856,24 @@ def test_nan_ends_one_request(where: str, overlap: bool, sampled: dict) -> None:
         assert [output.token_ids for output in again] == want
 
 
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_nan_behind_a_window_is_not_found_again(page_size: int) -> None:
+    """Pages that every window has left are no longer the request's when it ends."""
+    model, prompt = tiny("mistral", sliding_window=8), list(prompt_of(81, seed=5))
+    spoilt = prompt[2]
+    with LLM(model, max_batch=2, num_pages=60, page_size=page_size, max_prefill_tokens=16) as llm:
+        want = llm.generate([prompt], greedy(6))[0].token_ids
+        llm.pools.clear_prefixes()
+        right = model.model.embed_tokens.weight[spoilt].clone()
+        model.model.embed_tokens.weight.data[spoilt] = math.nan
+        assert llm.generate([[*prompt[:78], spoilt]], greedy(6))[0].finish_reason == "error"
+        model.model.embed_tokens.weight.data[spoilt] = right
+        again = llm.generate([[*prompt[:78], spoilt], prompt], greedy(6))
+        assert [output.finish_reason for output in again] == ["length", "length"]
+        assert again[1].token_ids == want
+        llm.pool.check()
+
+
 def test_bad_requests_are_refused_and_nothing_else_notices() -> None:
     with LLM(small(), max_batch=4, num_pages=60, max_seq_len=48) as llm:
         going = {llm.add_request(prompt, greedy()): prompt for prompt in PROMPTS[4:8]}

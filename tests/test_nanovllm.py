@@ -108,6 +108,22 @@ def test_norm_and_rotation_are_taken_over_if_they_are_the_same(package, monkeypa
     assert answers(package, asked) == theirs
 
 
+@needs_package
+def test_norm_and_rotation_stay_where_more_stands_between_them(package, monkeypatch):
+    def longer(self, positions, hidden):
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q, k, v = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim)).split(heads, 1)
+        q, k = self.rotary_emb(positions, 4 * self.q_norm(q.clone()), self.k_norm(k.clone()))
+        return self.o_proj(self.attn(q, k, v.contiguous()).flatten(1, -1))
+
+    monkeypatch.setattr(type(layers(package)[0]), "forward", longer)
+    asked = [tokens(length, seed=length) for length in (3, 60, 300)], [6] * 3
+    theirs = answers(package, asked)
+    nanovllm.install()
+    assert all(layer.attn.rotary is None for layer in layers(package))
+    assert answers(package, asked) == theirs
+
+
 def layers(package: Package) -> list:
     engine = package.engine()
     found = [module for module in engine.model_runner.model.modules() if hasattr(module, "attn")]
@@ -129,6 +145,7 @@ def test_what_was_drawn_is_not_sent(package):
         return hidden
 
     engine.model_runner.graphattn.decode = counted
+    engine.model_runner.sampler(torch.zeros(3, 128), torch.ones(3))  # in no step
     package.generate(engine, [tokens(9, seed) for seed in range(3)], [8, 8, 8])
     assert [drawn for drawn, _ in sent[1:]] == [[0, 1, 2]] * 6 and None not in sent[0][0]
     assert [count for _, count in sent[1:]] == [0] * 6

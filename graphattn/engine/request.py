@@ -176,10 +176,10 @@ class Request:
         """Reads the first unread token; returns why the request ends with it, if it does.
 
         Raises:
-            NotANumberError: it was `NOT_DRAWN`. The request's pages are nobody else's then.
+            NotANumberError: it was `NOT_DRAWN`. Nobody finds what the request computed then.
         """
         if token_id == NOT_DRAWN:
-            self.pages.disown()
+            self.pages.disown(self.tokens)
             raise NotANumberError(
                 f"token {len(self.tokens) - self.num_unread} could not be drawn, the model's logits hold NaN there: "
                 "look for overflow in its dtype and for NaN in its weights"

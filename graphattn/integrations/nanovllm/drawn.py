@@ -32,15 +32,22 @@ class Drawn:
         self._buffer, self._region = buffer, region
         self._places[region], self._counts = {}, []
 
-    def keep(self, token_ids_B: Tensor) -> None:
-        """The sampler drew; queues a copy and waits for nothing."""
-        self._counts.append(token_ids_B.numel())
-        if token_ids_B.numel() <= self._buffer.shape[1]:
-            self._buffer[self._region, : token_ids_B.numel()].copy_(token_ids_B.flatten())
+    def keep(self, token_ids_B: Tensor) -> bool:
+        """The sampler drew; queues a copy and waits for nothing. False where it is none of a step's rows."""
+        if self._buffer is None:
+            return False
+        fits = isinstance(token_ids_B, Tensor) and token_ids_B.dim() == 1 and len(token_ids_B) <= self._buffer.shape[1]
+        self._counts.append(len(token_ids_B) if fits else -1)
+        if fits:
+            self._buffer[self._region, : len(token_ids_B)].copy_(token_ids_B)
+        return fits
 
     def end(self, seqs: Sequence, token_ids: Sequence[int] | None) -> None:
         """The step's tokens are known to the host; None on ranks that draw none."""
-        rows = self._buffer.shape[1]
+        buffer, self._buffer = self._buffer, None  # what is drawn outside of steps is nobody's
+        if buffer is None:
+            return
+        rows = buffer.shape[1]
         if token_ids is None or self._counts != [len(seqs)] or len(token_ids) != len(seqs) or len(seqs) > rows:
             return
         first = self._region * rows

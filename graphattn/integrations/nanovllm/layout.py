@@ -31,7 +31,11 @@ FUNCTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     BLOCKS: (("BlockManager.__init__", "self num_blocks block_size", "free_block_ids"),),
     SEQUENCE: (
-        ("Sequence.__init__", "self token_ids sampling_params", "last_token num_cached_tokens block_table"),
+        (
+            "Sequence.__init__",
+            "self token_ids sampling_params",
+            "last_token num_cached_tokens num_prompt_tokens block_table",
+        ),
         ("Sequence.__len__", "self", ""),
         ("Sequence.__getitem__", "self key", ""),
     ),

@@ -129,18 +129,30 @@ class Serving:
         hidden = None if ahead is None else ahead.of(rows)
         return self._run(rows) if hidden is None else hidden
 
-    def sampled(self, token_ids_B: Tensor) -> None:
+    def sampled(self, token_ids_B: Tensor) -> Tensor | None:
         """The sampler drew for the step that was launched last. Launches the one that is expected next.
 
-        While that runs, the host reads, schedules and launches what follows it. Not where a prefill may come first.
+        While that runs, the host schedules and launches what follows it. Not where a prefill may come first.
+
+        Returns:
+            The tokens in host memory, if a step was launched: read from the device they would wait for that. Else None.
         """
-        self.drawn.keep(token_ids_B)
-        if not self._runs_ahead or self.waiting is None or self.waiting or len(token_ids_B) != len(self._seqs):
-            return
+        if not self.drawn.keep(token_ids_B) or len(token_ids_B) != len(self._seqs):
+            return None
+        if not self._runs_ahead or self.waiting is None or self.waiting:
+            return None
         rows = expected(self._seqs, page_size=self._page_size, max_seq_len=self._max_seq_len)
-        if rows is not None:
-            with torch.inference_mode():
-                self._ahead = Ahead(rows, self._run(rows))
+        if rows is None:
+            return None
+        on_cuda = token_ids_B.is_cuda
+        read_B = torch.empty(token_ids_B.shape, dtype=token_ids_B.dtype, device="cpu", pin_memory=on_cuda)
+        read_B.copy_(token_ids_B, non_blocking=True)
+        read = torch.cuda.current_stream(token_ids_B.device).record_event() if on_cuda else None
+        with torch.inference_mode():
+            self._ahead = Ahead(rows, self._run(rows))
+        if read is not None:
+            read.synchronize()
+        return read_B
 
     def _run(self, rows: Decode) -> Tensor:
         return self.runner.run(rows.token_ids, rows.seq_lens, [rows.tables], rows.drawn)

@@ -119,7 +119,8 @@ def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
         self.free_block_ids.remove(NULL_PAGE)
 
     steps = (warmup_model, allocate_kv_cache, capture_cudagraph, prepare_prefill, prepare_decode, run_model, run, exit)
-    if send_sampling is not None and {*names_of(send_sampling.__code__)} <= OF_TEMPERATURES:
+    code = getattr(send_sampling, "__code__", None)
+    if code and code.co_varnames[: code.co_argcount] == ("self", "seqs") and {*names_of(code)} <= OF_TEMPERATURES:
         steps += (prepare_sample,)
     replaced = [(kind, function.__name__, function) for function in steps]
     replaced += [(attention, "forward", forward), (blocks, "__init__", reserve)]

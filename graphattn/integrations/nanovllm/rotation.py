@@ -54,14 +54,14 @@ def _taken(owner: nn.Module, config) -> Rotary | None:
     """What was taken over of a module, or None; whatever a trial raises says that it is not as is known."""
     own = {name: getattr(owner, name) for name in ("rotary_emb", "q_norm", "k_norm") if hasattr(owner, name)}
     try:
-        rotary = next((each for each in _candidates(owner, config) if _is_same(owner, each, config)), None)
+        positions = _positions(owner, config)
+        rotary = next((each for each in _candidates(owner, config) if _is_same(owner, each, positions)), None)
         if rotary is None:
             return None
-        right = _given(owner, config)
+        right = _given(owner, config, positions)
         for name in own:
             setattr(owner, name, Passed())
-        q, k, v = _given(owner, config)
-        positions = _positions(owner, config)
+        q, k, v = _given(owner, config, positions)
         if all(map(_is_near, (*rotary.rotate(q, k, positions), v), right)):
             return rotary
     except Exception:
@@ -71,10 +71,10 @@ def _taken(owner: nn.Module, config) -> Rotary | None:
     return None
 
 
-def _given(owner: nn.Module, config) -> tuple[Tensor, ...]:
+def _given(owner: nn.Module, config, positions: Tensor) -> tuple[Tensor, ...]:
     """What a module hands to its attention for random hidden states."""
     weight, attn, owner.attn = next(owner.parameters()), owner.attn, _Seen()
-    positions, generator = _positions(owner, config), torch.Generator("cpu").manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     drawn = {"generator": generator, "dtype": torch.float32, "device": "cpu"}  # the default dtype is the model's
     try:
         owner(positions, torch.randn(len(positions), config.hidden_size, **drawn).to(weight.device, weight.dtype))
@@ -87,9 +87,8 @@ def _positions(owner: nn.Module, config) -> Tensor:
     """Powers of two, 0, and the last that the module knows."""
     table = getattr(owner.rotary_emb, "cos_sin_cache", None)
     last = config.max_position_embeddings - 1 if table is None else min(len(table), config.max_position_embeddings) - 1
-    return torch.tensor(
-        [*(2**bit for bit in range(last.bit_length())), 0, last], device=next(owner.parameters()).device
-    )
+    device = next(owner.parameters()).device
+    return torch.tensor([*(2**bit for bit in range(last.bit_length())), 0, last], device=device)
 
 
 def _is_near(ours: Tensor, theirs: Tensor) -> bool:
@@ -118,9 +117,9 @@ def _candidates(owner: nn.Module, config) -> Iterator[Rotary]:
         yield Rotary(1.0 / base**exponents, 1.0, *weights, eps[0] or 0.0)
 
 
-def _is_same(owner: nn.Module, rotary: Rotary, config) -> bool:
+def _is_same(owner: nn.Module, rotary: Rotary, positions: Tensor) -> bool:
     """In float32, where scales show; angles are of float32 anyhow, and the less sure the farther a token is."""
-    layer, generator, positions = owner.attn, torch.Generator("cpu").manual_seed(0), _positions(owner, config)
+    layer, generator = owner.attn, torch.Generator("cpu").manual_seed(0)
     drawn = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     heads = (layer.num_heads, layer.num_kv_heads)
     for scale in (1.0, 1e-3):  # an epsilon shows in small ones

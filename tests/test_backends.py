@@ -216,7 +216,7 @@ def test_norm_and_rotation_in_the_kernel(head_dim: int, layout: str, has_norm: b
     def step(backend: str, dtype) -> tuple[torch.Tensor, torch.Tensor]:
         options = {"page_size": 16, "dtype": torch.bfloat16, "device": "cuda", "layout": layout}
         rows = DenseRows(spec, [0, 15, 16, 40, 700], [1] * 5, **options)
-        cache = replace(rows.cache.cache, dtype=dtype)
+        cache = replace(rows.cache.cache, dtype=dtype, query_dtype=dtype)
         pages = [tensor.to(dtype) for tensor in rows.cache.layers[0]]
         state = StepState(max_batch=5, max_seq_len=1024, page_size=16, groups=[spec], device="cuda")
         plan = Planner([spec], cache, "cuda", backend).decode(state, 5)

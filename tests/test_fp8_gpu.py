@@ -219,7 +219,7 @@ def test_an_engine(backend: str) -> None:
     texts = [[7, 3, 9] * count for count in (1, 5, 20, 33)]
     options = {"kv_cache_dtype": "fp8", "kv_scales": calibrate(model, texts), "compile": False, "backend": backend}
     with LLM(model, max_batch=4, num_pages=64, **options) as llm:
-        assert llm._executor.cache.layers[0][0].dtype == FP8
+        assert llm._executor.caches[0].layers[0][0].dtype == FP8
         outputs = llm.generate(texts, SamplingParams(temperature=0, max_tokens=40, logprobs=0, ignore_eos=True))
     for text, output in zip(texts, outputs, strict=True):
         logits = forced_logits(model, [*text, *output.token_ids], **options)

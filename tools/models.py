@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +46,11 @@ def _named(asked: str, known: list[str]) -> list[str]:
     return names
 
 
+def _family(name: str, **options) -> dict:
+    torch._dynamo.reset()
+    return {"name": name, **measure(name, **options)}
+
+
 def _finish(document: dict, path: Path | None, wrong: list[str]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,20 +65,21 @@ def families(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="compile the step with Inductor")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="processes, each with a family at a time")] = 1,
     commit: Commit = None,
     path: Json = None,
 ) -> None:
     """Logits of every family against transformers' eager attention; fails if some are wrong."""
     console, rows = Console(), []
-    for name in _named(only, list(FAMILIES)):
-        torch._dynamo.reset()
-        row = measure(name, dtype=getattr(torch, dtype), device=device, compile=compile)
-        rows.append({"name": name, **row})
-        said = row["refused"] and f"[yellow]refused[/]: {row['refused']}"
-        if row["refused"] is None:
-            right = {kind: errors["is_right"] for kind, errors in row["errors"].items()}
-            said = ", ".join(f"{kind} {'[green]right[/]' if right[kind] else '[red]wrong[/]'}" for kind in KINDS)
-        console.print(f"{name}: {said}")
+    one = partial(_family, dtype=getattr(torch, dtype), device=device, compile=compile)
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for row in pool.map(one, _named(only, list(FAMILIES))):
+            rows.append(row)
+            said = row["refused"] and f"[yellow]refused[/]: {row['refused']}"
+            if row["refused"] is None:
+                right = {kind: errors["is_right"] for kind, errors in row["errors"].items()}
+                said = ", ".join(f"{kind} {'[green]right[/]' if right[kind] else '[red]wrong[/]'}" for kind in KINDS)
+            console.print(f"{row['name']}: {said}")
     of = {"workload": "families", "environment": environment(device, commit), "dtype": f"torch.{dtype}"}
     errors = {row["name"]: row.get("errors", {}).values() for row in rows}
     wrong = [name for name, each in errors.items() if not all(kind["is_right"] for kind in each)]

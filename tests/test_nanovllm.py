@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from types import SimpleNamespace
 
 import nano_cpu
 import pytest
@@ -14,6 +15,7 @@ from tiny import tiny
 from graphattn import InvalidArgumentError
 from graphattn.integrations import nanovllm
 from graphattn.integrations.nanovllm.ahead import Ahead
+from graphattn.integrations.nanovllm.rotation import take_over
 
 pytest_plugins = ("nano_fixtures",)
 pytestmark = pytest.mark.usefixtures("restored")
@@ -104,7 +106,9 @@ def test_norm_and_rotation_are_taken_over_if_they_are_the_same(package, monkeypa
     monkeypatch.setattr(rotary, "forward", lambda self, at, q, k: turn(self, at, 1.001 * q, k))
     theirs = answers(package, asked)
     nanovllm.install()
-    assert all(layer.attn.rotary is None for layer in layers(package)), "a query a thousandth longer"
+    with pytest.warns(RuntimeWarning, match="of .*Attention stay its own.*something else"):
+        found = layers(package)
+    assert all(layer.attn.rotary is None for layer in found), "a query a thousandth longer"
     assert answers(package, asked) == theirs
 
 
@@ -122,6 +126,27 @@ def test_norm_and_rotation_stay_where_more_stands_between_them(package, monkeypa
     nanovllm.install()
     assert all(layer.attn.rotary is None for layer in layers(package))
     assert answers(package, asked) == theirs
+
+
+@pytest.mark.parametrize("error", [KeyError("what it lacks"), torch.OutOfMemoryError("out of memory")], ids=str)
+def test_a_trial_that_raises_leaves_the_model_as_it_was(error):
+    class Attention(torch.nn.Module):
+        num_heads, num_kv_heads, head_dim = 2, 1, 8
+
+    class Turns(torch.nn.Module):
+        def forward(self, *inputs):
+            raise error
+
+    model = torch.nn.Linear(16, 16)
+    model.attn, model.rotary_emb = Attention(), (turns := Turns())
+    config = SimpleNamespace(max_position_embeddings=16, rope_theta=1e4, hidden_size=16)
+    if isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError):
+            take_over(model, Attention, config)
+    else:
+        with pytest.warns(RuntimeWarning, match="Linear stay its own.*KeyError: 'what it lacks'"):
+            take_over(model, Attention, config)
+    assert model.rotary_emb is turns and model.attn.rotary is None
 
 
 def layers(package: Package) -> list:

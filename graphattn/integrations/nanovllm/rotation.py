@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ...rope import Rotary
+from ...shortage import first_line, is_out_of_memory
 
 BASES = (1e6, 1e4)  # of frequencies, tried after the config's: nano-vLLM has 1e6 where it does not find that
 
@@ -33,7 +35,8 @@ def take_over(model: nn.Module, attention: type[nn.Module], config) -> None:
 
     A module that has `attn`, `rotary_emb` and perhaps `q_norm` and `k_norm` has them tried on random queries and keys
     at positions up to the last, and is tried whole with them and without. They are taken over if `Rotary` makes the
-    same of those but for rounding; else the layer's `rotary` is None, and the model goes on doing it by itself.
+    same of those but for rounding; else the layer's `rotary` is None, the model goes on doing it by itself, and a
+    `RuntimeWarning` says why.
 
     Args:
         model: nano-vLLM's, with its weights.
@@ -51,24 +54,31 @@ def take_over(model: nn.Module, attention: type[nn.Module], config) -> None:
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def _taken(owner: nn.Module, config) -> Rotary | None:
-    """What was taken over of a module, or None; whatever a trial raises says that it is not as is known."""
+    """What was taken over of a module; None, with a warning, if a trial differs or raises."""
     own = {name: getattr(owner, name) for name in ("rotary_emb", "q_norm", "k_norm") if hasattr(owner, name)}
+    taken, why = None, "they compute something else"
     try:
         positions = _positions(owner, config)
         rotary = next((each for each in _candidates(owner, config) if _is_same(owner, each, positions)), None)
-        if rotary is None:
-            return None
-        right = _given(owner, config, positions)
-        for name in own:
-            setattr(owner, name, Passed())
-        q, k, v = _given(owner, config, positions)
-        if all(map(_is_near, (*rotary.rotate(q, k, positions), v), right)):
-            return rotary
-    except Exception:
-        pass
-    for name, module in own.items():
-        setattr(owner, name, module)
-    return None
+        if rotary is not None:
+            right = _given(owner, config, positions)
+            for name in own:
+                setattr(owner, name, Passed())
+            q, k, v = _given(owner, config, positions)
+            if all(map(_is_near, (*rotary.rotate(q, k, positions), v), right)):
+                taken = rotary
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        why = first_line(error)
+    finally:
+        if taken is None:
+            for name, module in own.items():
+                setattr(owner, name, module)
+    if taken is None:
+        text = f"norm and rotation of {type(owner).__name__} stay its own, outside the attention kernel: {why}"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+    return taken
 
 
 def _given(owner: nn.Module, config, positions: Tensor) -> tuple[Tensor, ...]:

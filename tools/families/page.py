@@ -118,11 +118,15 @@ def _quantised(document: dict) -> str:
     rows = [
         [row["name"], "not run", row["reason"], "-", "-"]
         if row["reason"] is not None
-        else [row["name"], "run", row["linear"], str(row["replays"] or "-"), f"{row['error']:.1e}"]
+        else [row["name"], "run", row["linear"], _replays(row), f"{row['error']:.1e}"]
         for row in document["rows"]
     ]
     head = ["weights", "", "", "replays", "error of logits, of their size"]
     return "\n".join([text, table(head, rows)])
+
+
+def _replays(row: dict) -> str:
+    return "refused: run eager" if row["uncapturable"] else str(row["replays"] or "-")
 
 
 TITLES = {"families": "Families", "quantised": "Quantised weights", "sweep": "Every model type of transformers"}

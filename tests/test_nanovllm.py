@@ -149,6 +149,25 @@ def test_a_trial_that_raises_leaves_the_model_as_it_was(error):
     assert model.rotary_emb is turns and model.attn.rotary is None
 
 
+@needs_package
+def test_nothing_is_left_to_compile(package, monkeypatch):
+    """Dynamo compiles a size of 1 for itself, the first other as it is, and the second other for any."""
+    engine, seen = package.engine(), []
+    sampler = type(engine.model_runner.sampler)
+    engine.exit()
+    draw = sampler.forward
+
+    def counted(self, logits, *rest, **named):
+        seen.append(len(logits))
+        return draw(self, logits, *rest, **named)
+
+    monkeypatch.setattr(sampler, "forward", counted)
+    nanovllm.install()
+    engine = package.engine()
+    assert 1 in seen and len(set(seen)) > 2
+    engine.exit()
+
+
 def layers(package: Package) -> list:
     engine = package.engine()
     found = [module for module in engine.model_runner.model.modules() if hasattr(module, "attn")]

@@ -20,6 +20,7 @@ FUNCTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     RUNNER: (
         ("ModelRunner.__init__", "self config rank event", "warmup_model allocate_kv_cache capture_cudagraph"),
+        ("ModelRunner.call", "self method_name", ""),
         ("ModelRunner.exit", "self", "graphs graph_pool"),
         ("ModelRunner.warmup_model", "self", "run"),
         ("ModelRunner.allocate_kv_cache", "self", "num_kvcache_blocks kv_cache k_cache v_cache"),
@@ -54,6 +55,7 @@ class Modules:
 
     runner: ModuleType
     blocks: ModuleType
+    sequence: ModuleType
     attention: ModuleType
     context: ModuleType
     engine: ModuleType
@@ -86,7 +88,7 @@ def load() -> Modules:
             f"nano-vLLM at {getattr(package, '__file__', package)} is not laid out as is known (its head of April 2026 "
             "and nano-vllm-fork 20260210 are):\n  " + "\n  ".join(problems)
         )
-    names = (RUNNER, BLOCKS, ATTENTION, CONTEXT, ENGINE)
+    names = (RUNNER, BLOCKS, SEQUENCE, ATTENTION, CONTEXT, ENGINE)
     return Modules(*(modules[name] for name in names))
 
 

@@ -109,9 +109,18 @@ def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
         return torch.ops.graphattn.rotary_attend(q, k, v, self.k_page, self.v_page, 0, rotary.inv_freq, 1.0, *norms, 0)
 
     def make_engine(self, *arguments, **options) -> None:
-        """Has its rank know who waits."""
+        """Has its rank know who waits, and draws for prompts of a token, so that no request waits for compilation.
+
+        nano-vLLM's compiled functions have a graph for a single row, one for the first other number of rows and one for
+        any, and new ones for another default dtype or device, such as while its runner is made.
+        """
         make(self, *arguments, **options)
         self.model_runner.graphattn.waiting = getattr(getattr(self, "scheduler", None), "waiting", None)
+        for count in (1, 2, 3):
+            seqs = [nano.sequence.Sequence([0]) for _ in range(count)]
+            for seq in seqs:
+                seq.num_scheduled_tokens = 1
+            self.model_runner.call("run", seqs, True)
 
     def reserve(self, num_blocks: int, block_size: int) -> None:
         """Block 0 is never given out: padding rows write to it."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from graphattn import LLM, SamplingParams, UnsupportedModelError
+from graphattn import LLM, CaptureError, SamplingParams, UnsupportedModelError
 from graphattn.engine.fold import fold
 from graphattn.hf import attach
 from graphattn.ledger import tensor_bytes
@@ -223,6 +223,10 @@ def test_quantised_weights_in_graphs(name: str, tmp_path) -> None:
     model = _loaded(REAL[name], tmp_path).cuda()
     for compile in (False, True):
         torch._dynamo.reset()
+        if name == "torchao int8 activations" and not compile:  # torchao 0.18 prints a tensor, if Dynamo does not trace
+            with pytest.raises(CaptureError, match="(?s)cannot be captured.*printing a tensor"):
+                LLM(model, max_batch=4, num_pages=40, compile=False)
+            continue
         with LLM(model, max_batch=4, num_pages=40, compile=compile) as llm:
             outputs = llm.generate([row[:9] for row in ROWS], SamplingParams(temperature=0, max_tokens=8))
             assert len(outputs) == len(ROWS) and llm._executor.runner.counts["replay"] > 0

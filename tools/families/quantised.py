@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from graphattn import LLM, UnsupportedModelError
+from graphattn import LLM, CaptureError, UnsupportedModelError
 
 from .measure import DECODED, PROMPTS, logits_of, steps
 from .table import FAMILIES, build
@@ -79,7 +79,7 @@ def _run(model: PreTrainedModel, right: list[Tensor], compile: bool) -> dict:
     options, uncapturable = {"max_batch": len(ROWS), "max_seq_len": 64, "num_pages": 40}, False
     try:
         llm = LLM(model, compile=compile, **options)
-    except UnsupportedModelError:
+    except (UnsupportedModelError, CaptureError):
         llm, uncapturable = LLM(model, compile=False, enforce_eager=True, **options), True
     scale = torch.cat(right).square().mean().sqrt()
     with llm:

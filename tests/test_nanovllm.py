@@ -244,6 +244,25 @@ def test_no_step_ahead_where_it_must_not_be(package, monkeypatch):
 
 
 @needs_package
+def test_a_step_ahead_takes_the_pages_that_will_be_given_out(package, monkeypatch):
+    """Blank ones: one whose tokens a prompt may be found to have is not written to before it is given out."""
+    found, of = [], Ahead.of
+    monkeypatch.setattr(Ahead, "of", lambda self, rows: found.append(of(self, rows) is not None) or of(self, rows))
+    asked = [tokens(length, seed=length) for length in (250, 509, 253)], [9] * 3
+    theirs = answers(package, asked)
+    nanovllm.install()
+    engine = package.engine()
+    assert package.generate(engine, *asked) == theirs
+    assert found == [True] * 7  # of 8 steps; two of them begin pages
+    found.clear()
+    for page in engine.scheduler.block_manager.free_block_ids:
+        engine.scheduler.block_manager.blocks[page].hash = 7
+    assert package.generate(engine, *asked) == theirs
+    assert found == [True] * 5
+    engine.exit()
+
+
+@needs_package
 def test_a_prompt_that_is_cached_whole(package):
     """Versions without chunks share every full block; the row then feeds no token, and its logits are another's."""
     prompt = tokens(600, seed=5)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -10,13 +11,29 @@ from torch import Tensor
 from .rows import Decode
 
 
-def expected(seqs: Sequence, *, page_size: int, max_seq_len: int) -> Decode | None:
+def blank_pages(blocks) -> Iterator[int]:
+    """Pages in the order in which they are given out, up to the first whose tokens a prompt may be found to have.
+
+    Args:
+        blocks: nano-vLLM's block manager; of one that is otherwise than is known, no page.
+    """
+    held = getattr(blocks, "blocks", ())
+    for page in getattr(blocks, "free_block_ids", ()):
+        if page >= len(held) or getattr(held[page], "hash", None) != -1:
+            return
+        yield page
+
+
+def expected(seqs: Sequence, blank: Iterable[int], *, page_size: int, max_seq_len: int) -> Decode | None:
     """The rows of the step after one of these sequences, if nothing but a length ends any of them.
 
-    None where there is none, where one needs a page that it has not, or where one is at its end.
+    None where there is none, where one is at its end, or where one needs a page and there is no blank one. Such a page
+    is written to before it is the row's: if it becomes somebody else's instead, nobody has missed what it held, and who
+    gets it writes later.
 
     Args:
         seqs: as they are before the tokens that were just drawn for them, row by row, are appended.
+        blank: pages that will be given out next, in this order.
         page_size: tokens in a page.
         max_seq_len: tokens that a row may reach.
     """
@@ -25,11 +42,16 @@ def expected(seqs: Sequence, *, page_size: int, max_seq_len: int) -> Decode | No
         for row, seq in enumerate(seqs)
         if len(seq) + 1 - seq.num_prompt_tokens < getattr(seq, "max_tokens", float("inf"))
     ]
-    if not rows or any(len(seq) >= min(len(seq.block_table) * page_size, max_seq_len) for _, seq in rows):
-        return None
     going, places = [seq for _, seq in rows], [row for row, _ in rows]
-    lens, tables = [len(seq) + 1 for seq in going], [seq.block_table for seq in going]
-    return Decode(going, [0] * len(going), lens, tables, places)
+    tables, blank = [], iter(blank)
+    for seq in going:
+        table = seq.block_table
+        if len(seq) >= len(table) * page_size:
+            table = [*table, *islice(blank, 1)]
+        if len(seq) >= min(len(table) * page_size, max_seq_len):
+            return None
+        tables.append(table)
+    return Decode(going, [0] * len(going), [len(seq) + 1 for seq in going], tables, places) if going else None
 
 
 class Ahead:

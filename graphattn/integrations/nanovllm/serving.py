@@ -17,7 +17,7 @@ from ...plan import Planner
 from ...runner import DecodeRunner
 from ...spec import AttentionSpec, CacheSpec
 from ...state import StepState
-from .ahead import Ahead, expected
+from .ahead import Ahead, blank_pages, expected
 from .drawn import DECODED, PREFILLED, Drawn
 from .layout import LayoutError
 from .rows import Decode
@@ -43,6 +43,7 @@ class Serving:
         drawn: where tokens lie that were drawn last.
         temperatures: that were sent last, as numbers and on the device; None before.
         waiting: the scheduler's sequences that are not prefilled; None if that is not known.
+        blocks: the scheduler's block manager; None if that is not known.
 
     Raises:
         LayoutError: layers differ in heads, width or scale.
@@ -80,6 +81,7 @@ class Serving:
         self.runner: DecodeRunner | None = None
         self.temperatures: tuple[list[float], Tensor] | None = None
         self.waiting: Sequence | None = None
+        self.blocks = None
         self._runs_ahead = is_alone and not enforce_eager
         OPEN.add(self)
 
@@ -141,7 +143,8 @@ class Serving:
             return None
         if not self._runs_ahead or self.waiting is None or self.waiting:
             return None
-        rows = expected(self._seqs, page_size=self._page_size, max_seq_len=self._max_seq_len)
+        limits = {"page_size": self._page_size, "max_seq_len": self._max_seq_len}
+        rows = expected(self._seqs, blank_pages(self.blocks), **limits)
         if rows is None:
             return None
         on_cuda = token_ids_B.is_cuda

@@ -109,13 +109,16 @@ def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
         return torch.ops.graphattn.rotary_attend(q, k, v, self.k_page, self.v_page, 0, rotary.inv_freq, 1.0, *norms, 0)
 
     def make_engine(self, *arguments, **options) -> None:
-        """Has its rank know who waits, and draws for prompts of a token, so that no request waits for compilation.
+        """Has its rank know who waits and which pages are free, and draws for prompts of a token.
 
-        nano-vLLM's compiled functions have a graph for a single row, one for the first other number of rows and one for
-        any, and new ones for another default dtype or device, such as while its runner is made.
+        So no request waits for compilation: nano-vLLM's compiled functions have a graph for a single row, one for the
+        first other number of rows and one for any, and new ones for another default dtype or device, such as while its
+        runner is made.
         """
         make(self, *arguments, **options)
-        self.model_runner.graphattn.waiting = getattr(getattr(self, "scheduler", None), "waiting", None)
+        serving, scheduler = self.model_runner.graphattn, getattr(self, "scheduler", None)
+        serving.waiting = getattr(scheduler, "waiting", None)
+        serving.blocks = getattr(scheduler, "block_manager", None)
         for count in (1, 2, 3):
             seqs = [nano.sequence.Sequence([0]) for _ in range(count)]
             for seq in seqs:

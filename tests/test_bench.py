@@ -21,6 +21,7 @@ WORKLOADS = {
     "attention": ["--cases", "2x40,3x20+1x70,4x40/9+2x7", "--repeats", "3"],
     "step": ["--batches", "1,3", "--context", "20", "--tokens", "3"],
     "prefill": ["--prompt", "90", "--budgets", "64,32", "--decoding", "3", "--context", "20"],
+    "start": ["--batches", "3", "--context", "20", "--tokens", "4", "--compile"],
 }
 ON_A_CPU = ("transformers-cb", "transformers-static", "sdpa", "naive")
 EVEN_ONLY = ("transformers-static", "sdpa", "flash-attn")
@@ -46,7 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bench")
 
 
-@pytest.fixture(scope="module", params=WORKLOADS)
+COMPILED = pytest.param("start", marks=pytest.mark.inductor)
+
+
+@pytest.fixture(scope="module", params=[name for name in WORKLOADS if name != "start"] + [COMPILED])
 def document(request: pytest.FixtureRequest, folder: Path) -> dict:
     return run(request.param, folder)
 
@@ -76,6 +80,7 @@ def test_bench(document: dict, folder: Path) -> None:
         "attention": check_attention,
         "step": check_step,
         "prefill": check_prefill,
+        "start": check_start,
     }[workload](document)
     if workload in DRAWN:
         assert (folder / f"{workload}.png").read_bytes().startswith(b"\x89PNG")
@@ -135,6 +140,16 @@ def check_step(document: dict) -> None:
         assert attend["count_per_step"] == 2
         assert attend["us_per_step"] == pytest.approx(2 * attend["us_each"])
         assert attend["us_per_layer"] == pytest.approx(attend["us_each"])
+
+
+def check_start(document: dict) -> None:
+    empty, filled = document["rows"]
+    assert (empty["case"], filled["case"]) == ("caches empty", "caches filled")
+    assert (empty["graphs_from_cache"], filled["graphs_from_cache"]) == (0, 1)
+    for row in document["rows"]:
+        assert row["captures"] == 3  # buckets 1, 2 and 3
+        assert row["first_capture_s"] + row["other_captures_s"] <= row["engine_s"]
+        assert min(row[name] for name in ("import_s", "weights_s", "other_captures_s", "first_token_s")) > 0
 
 
 def check_prefill(document: dict) -> None:

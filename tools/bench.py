@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from benchmark import attention, decode, nano, prefill, report, step
+from benchmark import attention, decode, nano, prefill, report, start, step
 from benchmark.options import read_counts
 from benchmark.page import write_page
 from benchmark.paths import COMPARISONS
@@ -25,7 +25,7 @@ from benchmark.rows import PREFILL_TOKENS, lengths, sharing_rows
 from benchmark.run import Run
 from benchmark.shape import config_of
 
-WORKLOADS = ("decode", "nano", "attention", "step", "prefill")
+WORKLOADS = ("decode", "nano", "attention", "step", "prefill", "start")
 WITH_PEERS = ("decode", "nano")
 CASES = "1x1024,1x8192,8x1024,32x1024,64x1024,256x1024,1x32768+63x100"
 MOST_PROFILED = 10  # steps
@@ -61,14 +61,17 @@ def main(
         str,
         typer.Option(
             help="decode: time per step. nano: tokens/s of mixed requests. attention: us that attention adds to a "
-            "layer. step: kernels, idle device, host. prefill: prompts alone, and beside rows that decode."
+            "layer. step: kernels, idle device, host. prefill: prompts alone, and beside rows that decode. start: "
+            "seconds until an engine is ready, with compile caches empty and filled."
         ),
     ] = "decode",
     shape: Annotated[Path, typer.Option(help="Model config as JSON; weights are random.")] = Path(
         "tools/shapes/tiny.json"
     ),
-    batches: Annotated[str, typer.Option(help="decode, step: batch sizes, with commas.")] = "1,4",
-    context: Annotated[int, typer.Option(min=1, help="decode, step, prefill: prompt tokens of each request.")] = 64,
+    batches: Annotated[str, typer.Option(help="decode, step: batch sizes, with commas; start: the largest.")] = "1,4",
+    context: Annotated[
+        int, typer.Option(min=1, help="decode, step, prefill, start: prompt tokens of each request.")
+    ] = 64,
     tokens: Annotated[int, typer.Option(min=1, help="decode: timed steps. step: profiled ones, 10 at most.")] = 128,
     skew: Annotated[str, typer.Option(help="decode: one more batch, of uneven rows, like 1x32768+63x100.")] = "",
     requests: Annotated[int, typer.Option(min=1, help="nano: how many.")] = 256,
@@ -158,6 +161,13 @@ def main(
         sizes = decode.sizes(even, step.steps_needed(steps))
         run.add(rows=run.on_engine(sizes, lambda llm: step.measure(llm, even, steps, run.device)))
         tables = report.step_tables(run.document["rows"])
+    elif workload == "start":
+        options = engine | {"max_batch": max(map(len, even.values())), "max_seq_len": context + tokens}
+        found = []
+        for row in start.measure(shape, options):
+            found.append(row)
+            run.add(rows=found, options=options)
+        tables = [report.start_table(found)]
     else:
         load = prefill.Load(decoding=decoding, context=context, prompt=prompt)
         alone = min(PREFILL_TOKENS, prefill_tokens[0])

@@ -10,7 +10,7 @@ from .against import case_of, comparison
 from .buckets import buckets
 from .markdown import table
 from .published import published
-from .report import attention_figure
+from .report import attention_figure, started
 
 FOLDER = "benchmarks"
 INTRO = """# Benchmarks
@@ -26,6 +26,7 @@ TITLES = {
     "attention": "What attention adds to a layer",
     "step": "What a decode step is made of",
     "prefill": "Prefill",
+    "start": "Starting",
     "capture": "Buckets and memory",
 }
 SHOWN_KERNELS = 12
@@ -228,11 +229,17 @@ def _published() -> str:
     return "\n".join(parts)
 
 
+def _start(document: dict) -> str:
+    head, *lines = started(document["rows"])
+    return table(head, lines)
+
+
 BODIES: dict[str, Callable[[dict], str]] = {
     "decode": _decode,
     "nano": _nano,
     "attention": _attention,
     "step": _step,
     "prefill": _prefill,
+    "start": _start,
     "capture": buckets,
 }

@@ -90,3 +90,28 @@ def prefill_tables(found: dict) -> list[Table]:
         first = f"{row['first_token_s']:.3f}"
         beside.add_row(str(row["max_prefill_tokens"]), first, *(f"{gap:.2f}" for gap in gaps))
     return [alone, beside]
+
+
+STARTED = {
+    "import_s": "imports s",
+    "weights_s": "weights s",
+    "engine_s": "engine s",
+    "first_capture_s": "to its first bucket",
+    "other_captures_s": "its other buckets",
+    "first_token_s": "first token s",
+}
+
+
+def started(rows: list[dict]) -> list[list[str]]:
+    """Starts as lines of text, the heads first."""
+    lines = [[row["case"], str(row["captures"]), *(f"{row[name]:.2f}" for name in STARTED)] for row in rows]
+    return [["", "buckets", *STARTED.values()], *lines]
+
+
+def start_table(rows: list[dict]) -> Table:
+    """Seconds of each part of each start."""
+    head, *lines = started(rows)
+    table = Table(*head)
+    for line in lines:
+        table.add_row(*line)
+    return table

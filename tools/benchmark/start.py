@@ -1,0 +1,89 @@
+"""Workload `start`: how long an engine takes to be ready, in new processes, over compile caches empty and filled.
+
+`python -m benchmark.start JOB RESULT` is one start; both are JSON files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+TOOLS = Path(__file__).resolve().parent.parent
+CASES = ("caches empty", "caches filled")
+LAST_LINES = 12  # of what a start that failed wrote
+
+
+def measure(shape: Path, engine: dict) -> Iterator[dict]:
+    """Two starts, the second over what the first compiled; FlashInfer's modules are those that are there.
+
+    Args:
+        shape: config of the model.
+        engine: arguments of `LLM`.
+
+    Yields:
+        A row of each: seconds of imports, of making the weights, and of `LLM(...)`, within that up to its first
+        captured bucket and from there to the last, and of the first token of a prompt of three after it; how many
+        buckets, and how many compiled graphs came from the cache.
+
+    Raises:
+        RuntimeError: a start failed; with what it wrote last.
+    """
+    with TemporaryDirectory() as folder:
+        caches = {name: str(Path(folder, name)) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        path = os.pathsep.join(filter(None, [str(TOOLS.parent), str(TOOLS), os.environ.get("PYTHONPATH")]))
+        job_path, result_path = Path(folder, "job"), Path(folder, "result")
+        job_path.write_text(json.dumps({"shape": str(shape.resolve()), "engine": engine}))
+        for case in CASES:
+            command = [sys.executable, "-m", "benchmark.start", str(job_path), str(result_path)]
+            ran = subprocess.run(
+                command, env=os.environ | caches | {"PYTHONPATH": path}, capture_output=True, text=True
+            )
+            if ran.returncode:
+                last = "\n".join(ran.stderr.splitlines()[-LAST_LINES:])
+                raise RuntimeError(f"a start with {case} ended with {ran.returncode}:\n{last}")
+            yield {"case": case} | json.loads(result_path.read_text())
+
+
+def start(job: dict) -> dict:
+    """One start in this process, which has imported nothing yet."""
+    marks = [time.perf_counter()]
+
+    def lap() -> float:
+        marks.append(time.perf_counter())
+        return marks[-1] - marks[-2]
+
+    import torch
+    from torch._dynamo.utils import counters
+
+    from graphattn import LLM, SamplingParams
+
+    from .shape import random_model
+
+    found, captured = {"import_s": lap()}, []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = random_model(Path(job["shape"]), torch.bfloat16 if device == "cuda" else torch.float32, device)
+    found["weights_s"] = lap()
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "capture":
+            captured.append(time.perf_counter())
+
+    with LLM(model, progress=progress, **job["engine"]) as llm:
+        found["engine_s"] = lap()
+        found["first_capture_s"] = captured[0] - marks[-2]
+        found["other_captures_s"] = captured[-1] - captured[0]
+        found["captures"] = len(captured)
+        found["graphs_from_cache"] = counters["aot_autograd"]["autograd_cache_hit"]
+        llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+        found["first_token_s"] = lap()
+    return found
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(start(json.loads(Path(sys.argv[1]).read_text()))))

@@ -150,6 +150,27 @@ def test_a_trial_that_raises_leaves_the_model_as_it_was(error):
 
 
 @needs_package
+@pytest.mark.parametrize("max_num_seqs", [1, 2])
+def test_engines_of_few_rows(package, max_num_seqs):
+    asked = [tokens(length, seed=length) for length in (3, 60, 300)], [6] * 3
+    theirs = answers(package, asked)
+    nanovllm.install()
+    assert answers(package, asked, max_num_seqs=max_num_seqs) == theirs
+
+
+@needs_package
+def test_what_is_random_stays_so(package):
+    drawn = []
+    for install in (lambda: None, nanovllm.install):
+        install()
+        torch.manual_seed(0)
+        engine = package.engine()
+        drawn.append(torch.rand(3).tolist())
+        engine.exit()
+    assert drawn[0] == drawn[1]
+
+
+@needs_package
 def test_nothing_is_left_to_compile(package, monkeypatch):
     """Dynamo compiles a size of 1 for itself, the first other as it is, and the second other for any."""
     engine, seen = package.engine(), []
@@ -236,9 +257,7 @@ def test_no_step_ahead_where_it_must_not_be(package, monkeypatch):
     nanovllm.install()
     answers(package, asked, enforce_eager=True)
     engine = package.engine()
-    engine.model_runner.graphattn.waiting.append(None)  # somebody waits
-    engine.model_runner.graphattn.waiting = tuple(engine.model_runner.graphattn.waiting)
-    engine.scheduler.waiting.clear()
+    engine.model_runner.graphattn.scheduler = lambda: SimpleNamespace(waiting=[None])  # somebody waits
     package.generate(engine, *asked)
     engine.exit()
 
@@ -259,6 +278,25 @@ def test_a_step_ahead_takes_the_pages_that_will_be_given_out(package, monkeypatc
         engine.scheduler.block_manager.blocks[page].hash = 7
     assert package.generate(engine, *asked) == theirs
     assert found == [True] * 5
+    engine.exit()
+
+
+@needs_package
+@pytest.mark.parametrize("renewed", ["scheduler", "block_manager"])
+def test_a_scheduler_that_was_replaced(package, renewed):
+    """Its pages are given out in another order; those of the first are free by its own account only."""
+    asked = [tokens(length, seed=length) for length in (250, 509, 253, 3, 254)], [30] * 5
+    theirs = answers(package, asked)
+    nanovllm.install()
+    engine = package.engine(blocks=40)
+    package.generate(engine, [tokens(300, seed=1), tokens(300, seed=2)], [3, 3])
+    first = engine.scheduler.block_manager
+    engine.model_runner.config.num_kvcache_blocks = len(first.blocks)
+    if renewed == "scheduler":
+        engine.scheduler = type(engine.scheduler)(engine.model_runner.config)
+    else:
+        engine.scheduler.block_manager = type(first)(len(first.blocks), first.block_size)
+    assert package.generate(engine, *asked) == theirs
     engine.exit()
 
 

@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from graphattn import LLM, CaptureError, UnsupportedModelError
+from graphattn import LLM, UnsupportedModelError
+from graphattn.shortage import first_line
 
 from .measure import DECODED, PROMPTS, logits_of, steps
 from .table import FAMILIES, build
@@ -71,7 +72,7 @@ def try_quantiser(name: str, device: str = "cpu", *, compile: bool = False) -> d
         doing = "run by LLM"
         return {"name": name, "reason": None, **_run(model, right, compile)}
     except Exception as error:
-        return {"name": name, "reason": f"not {doing}: {type(error).__name__}: {str(error).splitlines()[0]}"}
+        return {"name": name, "reason": f"not {doing}: {first_line(error)}"}
 
 
 def _run(model: PreTrainedModel, right: list[Tensor], compile: bool) -> dict:
@@ -79,7 +80,7 @@ def _run(model: PreTrainedModel, right: list[Tensor], compile: bool) -> dict:
     options, uncapturable = {"max_batch": len(ROWS), "max_seq_len": 64, "num_pages": 40}, False
     try:
         llm = LLM(model, compile=compile, **options)
-    except (UnsupportedModelError, CaptureError):
+    except UnsupportedModelError:
         llm, uncapturable = LLM(model, compile=False, enforce_eager=True, **options), True
     scale = torch.cat(right).square().mean().sqrt()
     with llm:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import WeakSet
 
 import torch
@@ -42,8 +42,7 @@ class Serving:
         runner: captures and replays decode steps, once laid out.
         drawn: where tokens lie that were drawn last.
         temperatures: that were sent last, as numbers and on the device; None before.
-        waiting: the scheduler's sequences that are not prefilled; None if that is not known.
-        blocks: the scheduler's block manager; None if that is not known.
+        scheduler: the engine's scheduler as it is now, which may be another than at first; None if there is none.
 
     Raises:
         LayoutError: layers differ in heads, width or scale.
@@ -80,8 +79,7 @@ class Serving:
         self._max_prefill_tokens, self._enforce_eager = max_prefill_tokens, enforce_eager
         self.runner: DecodeRunner | None = None
         self.temperatures: tuple[list[float], Tensor] | None = None
-        self.waiting: Sequence | None = None
-        self.blocks = None
+        self.scheduler: Callable[[], object | None] = lambda: None
         self._runs_ahead = is_alone and not enforce_eager
         OPEN.add(self)
 
@@ -141,10 +139,12 @@ class Serving:
         """
         if not self.drawn.keep(token_ids_B) or len(token_ids_B) != len(self._seqs):
             return None
-        if not self._runs_ahead or self.waiting is None or self.waiting:
+        scheduler = self.scheduler()
+        waiting = getattr(scheduler, "waiting", None)
+        if not self._runs_ahead or waiting is None or waiting:
             return None
-        limits = {"page_size": self._page_size, "max_seq_len": self._max_seq_len}
-        rows = expected(self._seqs, blank_pages(self.blocks), **limits)
+        blank = blank_pages(getattr(scheduler, "block_manager", None))
+        rows = expected(self._seqs, blank, page_size=self._page_size, max_seq_len=self._max_seq_len)
         if rows is None:
             return None
         on_cuda = token_ids_B.is_cuda

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -109,21 +110,22 @@ def replacements(nano: Modules) -> list[tuple[type, str, Callable]]:
         return torch.ops.graphattn.rotary_attend(q, k, v, self.k_page, self.v_page, 0, rotary.inv_freq, 1.0, *norms, 0)
 
     def make_engine(self, *arguments, **options) -> None:
-        """Has its rank know who waits and which pages are free, and draws for prompts of a token.
+        """Has its rank know its scheduler, and draws for prompts of a token.
 
         So no request waits for compilation: nano-vLLM's compiled functions have a graph for a single row, one for the
         first other number of rows and one for any, and new ones for another default dtype or device, such as while its
-        runner is made.
+        runner is made. What is random goes on as it would have.
         """
         make(self, *arguments, **options)
-        serving, scheduler = self.model_runner.graphattn, getattr(self, "scheduler", None)
-        serving.waiting = getattr(scheduler, "waiting", None)
-        serving.blocks = getattr(scheduler, "block_manager", None)
-        for count in (1, 2, 3):
-            seqs = [nano.sequence.Sequence([0]) for _ in range(count)]
-            for seq in seqs:
-                seq.num_scheduled_tokens = 1
-            self.model_runner.call("run", seqs, True)
+        runner, this = self.model_runner, weakref.ref(self)
+        runner.graphattn.scheduler = lambda: getattr(this(), "scheduler", None)
+        device = next(runner.model.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for count in range(1, min(3, runner.config.max_num_seqs) + 1):
+                seqs = [nano.sequence.Sequence([0]) for _ in range(count)]
+                for seq in seqs:
+                    seq.num_scheduled_tokens = 1
+                runner.call("run", seqs, True)
 
     def reserve(self, num_blocks: int, block_size: int) -> None:
         """Block 0 is never given out: padding rows write to it."""

@@ -151,11 +151,8 @@ def main(
         tables = [report.nano_table(run.document["rows"])]
     elif workload == "attention":
         shaped = config_of(shape)
-        found = []
-        for row in attention.measure(shaped, run.dtype, run.device, list(chains), repeats, run.rate, compare):
-            found.append(row)
-            run.add(rows=found, compared=compare)
-        tables = [report.attention_table(found)]
+        measured = attention.measure(shaped, run.dtype, run.device, list(chains), repeats, run.rate, compare)
+        tables = [report.attention_table(run.collect(measured, compared=compare))]
     elif workload == "step":
         steps = min(MOST_PROFILED, tokens)
         sizes = decode.sizes(even, step.steps_needed(steps))
@@ -163,11 +160,7 @@ def main(
         tables = report.step_tables(run.document["rows"])
     elif workload == "start":
         options = engine | {"max_batch": max(map(len, even.values())), "max_seq_len": context + tokens}
-        found = []
-        for row in start.measure(shape, options):
-            found.append(row)
-            run.add(rows=found, options=options)
-        tables = [report.start_table(found)]
+        tables = [report.start_table(run.collect(start.measure(shape, options), options=options))]
     else:
         load = prefill.Load(decoding=decoding, context=context, prompt=prompt)
         alone = min(PREFILL_TOKENS, prefill_tokens[0])

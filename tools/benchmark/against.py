@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
+from .apart import run_apart
 from .nano import CASE
 from .peers import PEERS
 from .peers.peer import Setting
 from .published import decode_figures, nano_figures
 
-TOOLS = Path(__file__).resolve().parent.parent
-LAST_LINES = 12  # of what a peer that crashed wrote
 LONGEST = 1024  # tokens of nano's longest prompt, where an old document does not say
 
 
@@ -38,29 +31,7 @@ def run_peer(name: str, job: dict, timeout_s: int) -> dict:
         reason = "it serves no queue of requests, only batches that begin together"
     if reason is not None:
         return {"name": name, "attention_path": None, "reason": reason, "rows": []}
-    with TemporaryDirectory() as folder:
-        job_path, result_path = Path(folder, "job"), Path(folder, "result")
-        job_path.write_text(json.dumps(job | {"peer": name}))
-        path = os.pathsep.join(filter(None, [str(TOOLS), os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "benchmark.peers", str(job_path), str(result_path)]
-        failure = None
-        with Path(folder, "log").open("w+") as log:
-            try:
-                ran = subprocess.run(
-                    command,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    timeout=timeout_s,
-                    env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
-                )
-            except subprocess.TimeoutExpired:
-                failure = f"ended after {timeout_s} s (--peer-timeout)"
-            else:
-                if ran.returncode:
-                    log.seek(0)
-                    last = "".join(log.readlines()[-LAST_LINES:])
-                    failure = f"its process ended with {ran.returncode}: {last}"
-        result = json.loads(result_path.read_text()) if result_path.exists() else {}
+    result, failure = run_apart("peers", job | {"peer": name}, timeout_s)
     result = {"name": name, "attention_path": None, "rows": []} | result
     if failure is not None:
         result["error"] = failure

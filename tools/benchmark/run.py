@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -67,6 +67,14 @@ class Run:
         self.document |= parts
         if self._json_path is not None:
             self._json_path.write_text(json.dumps(self.document, indent=1) + "\n")
+
+    def collect(self, rows: Iterable[dict], **parts) -> list[dict]:
+        """Adds rows one by one, each when it is measured, and parts with them; returns all."""
+        found = []
+        for row in rows:
+            found.append(row)
+            self.add(rows=found, **parts)
+        return found
 
     def check(self) -> bool:
         """Whether our results are right: if not, says so, and nothing should be measured."""

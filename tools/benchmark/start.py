@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-TOOLS = Path(__file__).resolve().parent.parent
+from .apart import run_apart
+
 CASES = ("caches empty", "caches filled")
-LAST_LINES = 12  # of what a start that failed wrote
 
 
 def measure(shape: Path, engine: dict) -> Iterator[dict]:
@@ -34,20 +32,14 @@ def measure(shape: Path, engine: dict) -> Iterator[dict]:
     Raises:
         RuntimeError: a start failed; with what it wrote last.
     """
+    job = {"shape": str(shape.resolve()), "engine": engine}
     with TemporaryDirectory() as folder:
         caches = {name: str(Path(folder, name)) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-        path = os.pathsep.join(filter(None, [str(TOOLS.parent), str(TOOLS), os.environ.get("PYTHONPATH")]))
-        job_path, result_path = Path(folder, "job"), Path(folder, "result")
-        job_path.write_text(json.dumps({"shape": str(shape.resolve()), "engine": engine}))
         for case in CASES:
-            command = [sys.executable, "-m", "benchmark.start", str(job_path), str(result_path)]
-            ran = subprocess.run(
-                command, env=os.environ | caches | {"PYTHONPATH": path}, capture_output=True, text=True
-            )
-            if ran.returncode:
-                last = "\n".join(ran.stderr.splitlines()[-LAST_LINES:])
-                raise RuntimeError(f"a start with {case} ended with {ran.returncode}:\n{last}")
-            yield {"case": case} | json.loads(result_path.read_text())
+            result, failure = run_apart("start", job, environment=caches)
+            if failure is not None:
+                raise RuntimeError(f"a start with {case}: {failure}")
+            yield {"case": case} | result
 
 
 def start(job: dict) -> dict:

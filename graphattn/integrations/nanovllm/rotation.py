@@ -132,12 +132,12 @@ def _is_same(owner: nn.Module, rotary: Rotary, positions: Tensor) -> bool:
     layer, generator = owner.attn, torch.Generator("cpu").manual_seed(0)
     drawn = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     heads = (layer.num_heads, layer.num_kv_heads)
+    allowed_N = 1e-5 + 4 * torch.finfo(torch.float32).eps * positions.double()
     for scale in (1.0, 1e-3):  # an epsilon shows in small ones
         q, k = (scale * torch.randn(len(positions), count, layer.head_dim, **drawn) for count in heads)
         q, k = q.to(positions.device), k.to(positions.device)
         normed = [x.clone() if norm is None else norm(x.clone()) for x, norm in zip((q, k), _norms(owner), strict=True)]
         own, ours = owner.rotary_emb(positions, *normed), rotary.rotate(q, k, positions)
-        allowed_N = 1e-5 + 4 * torch.finfo(torch.float32).eps * positions.double()
         sizes = [(_size(mine - theirs), _size(theirs)) for mine, theirs in zip(ours, own, strict=True)]
         if not all(bool((error_N <= allowed_N * size_N).all()) for error_N, size_N in sizes):
             return False

@@ -68,13 +68,18 @@ def capture_graph(
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         before = read_meters(device)
-        graph = torch.cuda.CUDAGraph()
+        graph, reason = torch.cuda.CUDAGraph(), ""
         try:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                step()
+                try:
+                    step()
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {error}"  # leaving the capture then fails too, and hides it
+                    raise
         except Exception as error:
+            reason = reason or f"{type(error).__name__}: {error}"
             raise CaptureError(
-                f"the step at bucket {bucket} runs but cannot be captured ({type(error).__name__}: {error}): it must "
+                f"the step at bucket {bucket} runs but cannot be captured ({reason}): it must "
                 "not wait for the device (.item(), .cpu(), printing a tensor), or pass enforce_eager=True"
             ) from error
         finally:

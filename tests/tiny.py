@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tools.families.table import SIZES
+
 FAMILIES = ("llama", "qwen3", "mistral", "qwen2")
 
 
@@ -27,23 +29,10 @@ def tiny(
         seed: of the weights; torch's own random state stays as it was.
         config: anything else of the config, or other values for what is set here.
     """
-    settings = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": head_dim,
-        "vocab_size": 128,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+    settings = SIZES | {"num_hidden_layers": num_layers, "head_dim": head_dim} | config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(settings | config)), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=dtype)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:  # at its initial 0.02 attention is all but uniform, and errors in it hide

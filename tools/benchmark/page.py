@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from .against import case_of, comparison
 from .buckets import buckets
-from .markdown import table
+from .markdown import documents_of, table
 from .published import published
 from .report import attention_figure, started
 
@@ -39,15 +38,10 @@ def write_page(path: Path) -> None:
 
 def render(folder: Path) -> str:
     """The page's text; a workload that nothing was measured of is left out."""
-    documents = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
     parts = [INTRO]
-    for workload, title in TITLES.items():
-        found = {
-            stem: document for stem, document in documents.items() if document.get("workload", "capture") == workload
-        }
-        if found:
-            parts.append(f"## {title}\n")
-        for stem, document in found.items():
+    for workload, title, documents in documents_of(folder, TITLES):
+        parts.append(f"## {title}\n")
+        for stem, document in documents.items():
             model = document["model"]
             parts.append(f"### {model['name'] if workload == 'capture' else model['shape']}: {stem}\n")
             parts.append(_origin(stem, document))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.benchmark.markdown import table
+from tools.benchmark.markdown import documents_of, table
 
 from .measure import CAPTURED, KINDS
 from .sweep import BY_ATTACH, NOT_BUILT, REFUSED, SERVED, VERDICTS, WRONG
@@ -28,13 +27,10 @@ def write_page(path: Path) -> None:
 
 def render(folder: Path) -> str:
     """The page's text."""
-    documents = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
     parts = [INTRO]
-    for workload, title in TITLES.items():
-        found = {stem: each for stem, each in documents.items() if each["workload"] == workload}
-        if found:
-            parts.append(f"## {title}\n")
-        for stem, document in found.items():
+    for workload, title, documents in documents_of(folder, TITLES):
+        parts.append(f"## {title}\n")
+        for stem, document in documents.items():
             parts += [_origin(stem, document), BODIES[workload](document)]
     return "\n".join(parts)
 

@@ -19,6 +19,7 @@ from .chain import follow, is_chained
 MAX_ROWS = 32
 DTYPES = (torch.bfloat16, torch.float16)
 _REGISTERS = 128  # of a thread, that may hold weights which are ahead
+_NEAR = tl.constexpr(8)  # inputs that a thread loads at once
 _MAX_WEIGHTS = {1: 2**40, MAX_ROWS: 2**23}  # by rows; beyond, cuBLAS is as near to the bytes, or nearer
 
 
@@ -106,9 +107,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _launch(num_rows: int, num_out: int, num_in: int, gated: bool) -> tuple[object, dict[str, int]]:
     """Which kernel, and its blocks, as measured between other kernels (docs/design-notes.md)."""
-    is_wide = num_out >= 2048
     if num_rows == 1:
-        block_out, block_in, warps = (4, 512, 4) if gated else (16, 1024, 8) if is_wide else (4, 2048, 8)
+        block_out, block_in, warps = (2, 512, 2) if num_in <= 1024 else (2 if gated else 4, 2048, 8)
         return _one_row, {"BLOCK_OUT": block_out, "BLOCK_IN": block_in, "num_warps": warps}
     from .mma import few_rows
 
@@ -144,7 +144,11 @@ def _one_row(
     GATED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """A product and sum; the first weights are fetched before the row is there, the rest one block ahead."""
+    """A product and sum; the first weights are fetched before the row is there, the rest one block ahead.
+
+    What a thread adds up, it adds up over neighbouring inputs first: fewer registers, so that more programs are on a
+    multiprocessor at once, and some of them always read.
+    """
     n, k = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
     weight_NK = weight + n.to(tl.int64)[:, None] * IN + k[None, :]
     tile_NK = tl.load(weight_NK, mask=k[None, :] < IN, other=0.0)
@@ -152,8 +156,8 @@ def _one_row(
         up_NK = tl.load(weight_NK + OUT * IN, mask=k[None, :] < IN, other=0.0)
     if CHAINED:
         follow()
-    acc_NK = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
-    up_acc_NK = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+    acc_NP = tl.zeros([BLOCK_OUT, BLOCK_IN // _NEAR], tl.float32)
+    up_acc_NP = tl.zeros([BLOCK_OUT, BLOCK_IN // _NEAR], tl.float32)
     square_K = tl.zeros([BLOCK_IN], tl.float32)
     for start in tl.static_range(0, IN, BLOCK_IN):
         inside = start + k < IN
@@ -166,14 +170,14 @@ def _one_row(
             next_NK = tl.load(weight_NK + ahead, mask=ahead + k[None, :] < IN, other=0.0)
             if GATED:
                 next_up_NK = tl.load(weight_NK + OUT * IN + ahead, mask=ahead + k[None, :] < IN, other=0.0)
-        acc_NK += tile_NK.to(tl.float32) * x_K[None, :]
+        acc_NP += _near_sums(tile_NK, x_K, BLOCK_OUT, BLOCK_IN)
         if GATED:
-            up_acc_NK += up_NK.to(tl.float32) * x_K[None, :]
+            up_acc_NP += _near_sums(up_NK, x_K, BLOCK_OUT, BLOCK_IN)
         if start + BLOCK_IN < IN:
             tile_NK = next_NK
             if GATED:
                 up_NK = next_up_NK
-    result_N, up_N = tl.sum(acc_NK, 1), tl.sum(up_acc_NK, 1)
+    result_N, up_N = tl.sum(acc_NP, 1), tl.sum(up_acc_NP, 1)
     if norm is not None:
         scale = tl.rsqrt(tl.sum(square_K, 0) / IN + eps)
         result_N, up_N = result_N * scale, up_N * scale
@@ -186,3 +190,10 @@ def _one_row(
     if residual is not None:
         result_N += tl.load(residual + n).to(tl.float32)
     tl.store(out + n, result_N.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _near_sums(weight_NK, x_K, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """Products, those of `_NEAR` neighbouring inputs added up, `[N, K / _NEAR]`."""
+    products_NK = weight_NK.to(tl.float32) * x_K[None, :]
+    return tl.sum(tl.reshape(products_NK, [BLOCK_OUT, BLOCK_IN // _NEAR, _NEAR]), 2)

@@ -20,7 +20,7 @@ MAX_ROWS = 32
 DTYPES = (torch.bfloat16, torch.float16)
 _REGISTERS = 128  # of a thread, that may hold weights which are ahead
 _NEAR = tl.constexpr(8)  # inputs that a thread loads at once
-_MAX_WEIGHTS = {1: 2**40, MAX_ROWS: 2**23}  # by rows; beyond, cuBLAS is as near to the bytes, or nearer
+_MAX_WEIGHTS = {1: 2**40, 16: 2**27, MAX_ROWS: 2**23}  # by rows; beyond, cuBLAS is as near to the bytes, or nearer
 
 
 def suits(weight_NK: Tensor) -> bool:
@@ -107,17 +107,23 @@ def _rows(x: Tensor) -> Tensor:
 
 def _launch(num_rows: int, num_out: int, num_in: int, gated: bool) -> tuple[object, dict[str, int]]:
     """Which kernel, and its blocks, as measured between other kernels (docs/design-notes.md)."""
+    is_wide = num_out > num_in
     if num_rows == 1:
-        block_out, block_in, warps = (2, 512, 2) if num_in <= 1024 else (2 if gated else 4, 2048, 8)
+        block_out, block_in, warps = (2, 512, 2) if num_in <= 1024 else (4, 1024, 4) if is_wide else (2, 2048, 4)
         return _one_row, {"BLOCK_OUT": block_out, "BLOCK_IN": block_in, "num_warps": warps}
     from .mma import few_rows
 
     rows, warps = 16 if num_rows <= 16 else 32, 4
-    if rows == 16:
-        block_out = 16 if gated else 8 if 2 * num_in > num_out else 32
-        warps = 8 if num_out < 2048 and num_in % 256 == 0 else 4
+    if gated:
+        block_out, warps = 8, 2
+    elif rows == 32:
+        block_out = 8 if num_in > 2 * num_out else 16
+    elif is_wide:
+        block_out = 32 if num_out >= 4096 else 16
+    elif num_out >= 2048:
+        block_out = 16
     else:
-        block_out = 8 if gated or num_in > 2 * num_out else 16
+        block_out, warps = 8, 8 if num_in % 256 == 0 else 4
     part = num_in // warps
     block_in = max(size for size in (32, 64, 128) if part % size == 0)
     held = max(1, _REGISTERS * 64 // (block_out * (2 if gated else 1) * block_in))

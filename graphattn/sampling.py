@@ -32,7 +32,7 @@ class SamplingParams:
         stop_token_ids: Ids that end the request beside eos; kept as a tuple.
         ignore_eos: Whether eos does not end the request.
         seed: Any int, taken modulo 2**63; None lets the engine choose.
-        n: Samples per prompt; sample i draws from `derive_seed(seed, i)`.
+        n: Samples per prompt, from 1 to 65536; sample i draws from `derive_seed(seed, i)`.
         logprobs: None for none; k from 0 to 100 for the drawn token's log-probability and those of the k most likely.
 
     Raises:
@@ -78,7 +78,7 @@ class SamplingParams:
         self._number("seed", int, "an int, or None", lambda x: True, optional=True)
         if self.seed is not None:
             object.__setattr__(self, "seed", self.seed % 2**63)
-        self._number("n", int, "an int >= 1", lambda x: x >= 1)
+        self._number("n", int, "an int in [1, 65536]", lambda x: 1 <= x <= 65536)
         self._number("logprobs", int, "an int in [0, 100], or None", lambda x: 0 <= x <= 100, optional=True)
 
     def _number(self, name: str, kind: type, allowed: str, inside: Callable, optional: bool = False) -> None:

@@ -675,7 +675,7 @@ def test_abort_anywhere_gives_what_there_was(overlap: bool) -> None:
         assert [len(delta.output.token_ids) for delta in deltas] == [0, 0, 0, 0, read, read]
         assert deltas[-1].output.token_ids == expected("small", PROMPTS[1], read)
         assert not llm.has_work and llm.step() == []
-        for gone in (running, 99, "x"):
+        for gone in (running, 99, True, "x"):
             with pytest.raises(InvalidRequestError, match=f"request {gone!r} is not in the engine"):
                 llm.abort(gone)
 
@@ -882,6 +882,8 @@ def test_bad_requests_are_refused_and_nothing_else_notices() -> None:
             ([], None, "the prompt is empty"),
             ([1, VOCAB], None, "token 128 at position 1: ids go from 0 to 127"),
             ([-1], None, "token -1 at position 0"),
+            ([1, True], None, "True and False are no ids"),
+            (torch.tensor([True, False]), None, "True and False are no ids"),
             ([1, "a"], None, "neither text nor a sequence of token ids: 'str'"),
             (None, None, "neither text nor a sequence of token ids: 'NoneType'"),
             ([1.5], None, "neither text nor a sequence of token ids: 'float'"),
@@ -943,6 +945,15 @@ def test_pages_held_outside_the_engine_are_named() -> None:
         assert finish(llm)[request_id].token_ids == expected("small", PROMPTS[5], 4)
 
 
+def test_a_minimum_beyond_any_number_stops_nobody_else() -> None:
+    """What is banned below it is banned as long as there is room."""
+    endless = SamplingParams(temperature=0, max_tokens=None, min_tokens=10**400, stop_token_ids=[5])
+    with LLM(small(), max_batch=2, num_pages=40, max_seq_len=40) as llm:
+        first, second = llm.generate([PROMPTS[0], PROMPTS[5]], [endless, greedy(4)])
+    assert len(first.token_ids) == 40 - len(PROMPTS[0]) and 5 not in first.token_ids
+    assert second.token_ids == expected("small", PROMPTS[5], 4)
+
+
 # Making and closing an engine
 
 
@@ -951,6 +962,16 @@ def test_pages_held_outside_the_engine_are_named() -> None:
     [
         ({"max_batch": 0}, InvalidArgumentError, "max_batch=0"),
         ({"max_batch": 2.5}, InvalidArgumentError, "max_batch=2.5: it must be an int"),
+        ({"buckets": 2}, InvalidArgumentError, "buckets=2: give a sequence of batch sizes"),
+        ({"page_size": 2**70}, InvalidArgumentError, "page_size=1180591620717411303424: it must be an int, at least 1"),
+        ({"prefix_cache": "off"}, InvalidArgumentError, "prefix_cache='off': it must be True or False"),
+        ({"enforce_eager": None}, InvalidArgumentError, "enforce_eager=None: it must be True or False"),
+        ({"check": 1}, InvalidArgumentError, "check=1: it must be True or False"),
+        ({"compile": 1}, InvalidArgumentError, "compile=1: choose auto, True or False"),
+        ({"memory_fraction": True}, InvalidArgumentError, "memory_fraction=True: it must be above 0"),
+        ({"progress": 5}, InvalidArgumentError, "progress is a int: give a function"),
+        ({"record_batches": 5}, InvalidArgumentError, "record_batches is a int: give the path"),
+        ({"record_batches": "/none/x.json"}, InvalidArgumentError, "'/none/x.json': no file can be written there"),
         ({"buckets": ["2"]}, InvalidArgumentError, "batch size '2': it must be an int"),
         ({"memory_fraction": 2}, InvalidArgumentError, "memory_fraction=2: it must be above 0 and at most 1"),
         ({"page_size": 16.0}, InvalidArgumentError, "page_size=16.0: it must be an int"),

@@ -489,7 +489,7 @@ WRONG = {
     "stop_token_ids": [3, "3", b"3", None, [-1], [True], [1.0], ["1"]],
     "ignore_eos": [1, None, "yes"],
     "seed": [*NOT_INTS],
-    "n": [*NOT_INTS, None, 0, -1],
+    "n": [*NOT_INTS, None, 0, -1, 65537, 10**9],
     "logprobs": [*NOT_INTS, -1, 101],
 }
 

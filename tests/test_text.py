@@ -123,6 +123,17 @@ def test_a_stop_string_that_only_the_end_completes_cuts_the_text() -> None:
     assert stream.text == "a"
 
 
+def test_a_stop_string_before_half_a_character_counts_at_once() -> None:
+    """And does not where it may not, whenever the rest of the character comes."""
+    for may_stop in (True, False):
+        stream = TextStream(Bytes([b"aEND\xe2", b"\x82\xac", b"y"]).decode, ["END"])
+        stream.push(0, may_stop=may_stop)
+        assert stream.stopped == may_stop and stream.take() == ("a" if may_stop else "")
+        stream.push(1)
+        stream.push(2)
+        assert stream.take(final=True) == ("" if may_stop else "aEND\u20acy")
+
+
 def test_a_tokenizer_that_raises_leaves_what_was_there() -> None:
     def decode(ids):
         if 2 in ids:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -34,7 +34,10 @@ def check_arguments(
     cascade,
     on_capture_oom,
     on_kv_oom,
-    **counts,
+    record_batches,
+    progress,
+    switches,
+    counts,
 ) -> None:
     """Raises InvalidArgumentError for the first argument of `LLM` that is outside what it can be; loads nothing."""
     if not isinstance(model, (str, Path, nn.Module)):
@@ -51,12 +54,28 @@ def check_arguments(
         ("prefill", prefill, PREFILL_KERNELS),
         ("cascade", cascade, CASCADE_MODES),
     ):
-        if value not in allowed:
+        if not any(type(value) is type(each) and value == each for each in allowed):  # 1 is no True
             raise InvalidArgumentError(f"{name}={value!r}: choose {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
     for name, value in counts.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise InvalidArgumentError(f"{name}={value!r}: it must be an int, at least 1")
-    if not isinstance(memory_fraction, (int, float)) or not 0 < memory_fraction <= 1:
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**48):
+            raise InvalidArgumentError(f"{name}={value!r}: it must be an int, at least 1 and below 2**48")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise InvalidArgumentError(f"{name}={value!r}: it must be True or False")
+    if progress is not None and not callable(progress):
+        raise InvalidArgumentError(f"progress is a {type(progress).__name__}: give a function, or None")
+    if record_batches is not None:
+        if not isinstance(record_batches, (str, Path)):
+            raise InvalidArgumentError(f"record_batches is a {type(record_batches).__name__}: give the path of a file")
+        if not Path(record_batches).parent.is_dir() or Path(record_batches).is_dir():
+            raise InvalidArgumentError(
+                f"record_batches={str(record_batches)!r}: no file can be written there, make its folder first"
+            )
+    if (
+        isinstance(memory_fraction, bool)
+        or not isinstance(memory_fraction, (int, float))
+        or not 0 < memory_fraction <= 1
+    ):
         raise InvalidArgumentError(f"memory_fraction={memory_fraction!r}: it must be above 0 and at most 1")
     if counts["num_pages"] is not None and counts["kv_bytes"] is not None:
         raise InvalidArgumentError(
@@ -70,6 +89,8 @@ def ladder_for(max_batch: int, buckets: Sequence[int] | None, profile: CapturePr
     Raises:
         InvalidArgumentError: buckets and a profile were given, or a profile of another `max_batch`.
     """
+    if buckets is not None and (not isinstance(buckets, Iterable) or isinstance(buckets, (str, bytes))):
+        raise InvalidArgumentError(f"buckets={buckets!r}: give a sequence of batch sizes")
     if profile is None:
         return BucketLadder.default(max_batch) if buckets is None else BucketLadder(buckets, max_batch)
     if buckets is not None:

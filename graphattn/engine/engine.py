@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterator, KeysView, Sequence
+from collections.abc import Callable, Iterable, Iterator, KeysView, Sequence
+from contextlib import contextmanager
+from operator import index
 
 from ..draw import NOT_DRAWN, derive_seed
 from ..errors import InvalidRequestError
@@ -15,10 +17,13 @@ from .flight import Flight
 from .request import Delta, FinishReason, Request
 from .scheduler import Scheduler
 from .text import TextStream
+from .turn import Turn
 
 
 class Engine:
     """Runs what the scheduler says and puts the deltas into each request's outbox.
+
+    Threads may share it: calls that change anything wait for one another (`alone`).
 
     Args:
         executor: computes.
@@ -46,13 +51,34 @@ class Engine:
         self._requests: dict[int, list[Request]] = {}
         self._flights: deque[Flight] = deque()
         self._overlap, self._closed = overlap, False
+        self._turn = Turn()
+        self._to_abort: deque[int] = deque()
+
+    @contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Lets nobody else in, and holds interrupts back, until its body has ended; what was aborted meanwhile then
+        ends.
+
+        Raises:
+            InvalidRequestError: this thread is in the body of another; names `what` was called.
+        """
+        with self._turn.taken(what):
+            try:
+                yield
+            finally:
+                while self._to_abort:
+                    self._end_all(self._to_abort.popleft())
 
     def add(self, prompt: tuple[int, ...], params: SamplingParams, outbox: deque[Delta], *, streams: bool) -> int:
         """Queues the samples of a prompt that was checked; returns the id they share.
 
         Raises:
-            InvalidRequestError: the engine is closed.
+            InvalidRequestError: the engine is closed, or this is called from within a step.
         """
+        with self.alone("add_request"):
+            return self._add(prompt, params, outbox, streams=streams)
+
+    def _add(self, prompt: tuple[int, ...], params: SamplingParams, outbox: deque[Delta], *, streams: bool) -> int:
         if self._closed:
             raise InvalidRequestError("the engine is closed: make a new LLM")
         request_id, seed = next(self._ids), secrets.randbits(63) if params.seed is None else params.seed
@@ -96,14 +122,27 @@ class Engine:
             requests: prompts and what is asked of each.
             streams: whether text is wanted as it comes.
             progress: called as `progress(ended, total)` when a sample ends.
+
+        Raises:
+            InvalidRequestError: `progress` cannot be called, the engine is closed, or a step that was cut short has
+                lost requests.
         """
+        if progress is not None and not callable(progress):
+            raise InvalidRequestError(f"progress is a {type(progress).__name__}: give a function, or None")
         outbox: deque[Delta] = deque()
-        mine = [self.add(ids, params, outbox, streams=streams) for ids, params in requests]
+        mine: list[int] = []
         total = left = sum(params.n for _, params in requests)
         try:
+            with self.alone("generate"):
+                for ids, params in requests:
+                    mine.append(self._add(ids, params, outbox, streams=streams))
             while left:
                 if not outbox:
                     self.step()
+                    if not outbox and self._requests.keys().isdisjoint(mine):
+                        raise InvalidRequestError(
+                            f"{left} samples are gone, since a step was cut short (a second Ctrl-C?): make a new LLM"
+                        )
                 while outbox:
                     delta = outbox.popleft()
                     if delta.output is not None:
@@ -112,14 +151,18 @@ class Engine:
                             progress(total - left, total)
                     yield delta
         finally:
-            for request_id in self.unfinished & set(mine):
-                self.abort(request_id)
+            self._abort(mine)
 
     def step(self) -> None:
         """One step: a chunk of prefill for requests that need it, one token for every one that decodes.
 
-        If a forward pass raises, its requests go back to wait with nothing lost, and the error is raised.
+        If a forward pass raises, its requests go back to wait with nothing lost, and the error is raised. An interrupt
+        (Ctrl-C) is raised once the step has ended, a second one at once.
         """
+        with self.alone("step"):
+            self._step()
+
+    def _step(self) -> None:
         if not self._requests:
             return
         self._executor.check_model()
@@ -150,21 +193,27 @@ class Engine:
                 raise
 
     def abort(self, request_id: int) -> None:
-        """Ends every unfinished sample of a request.
+        """Ends every unfinished sample of a request; called from within a step, once that has ended.
 
         Raises:
             InvalidRequestError: no unfinished request has that id.
         """
-        if not isinstance(request_id, int) or request_id not in self._requests:
+        is_id = hasattr(request_id, "__index__") and not isinstance(request_id, bool)
+        if not is_id or index(request_id) not in self._requests:
             raise InvalidRequestError(f"request {request_id!r} is not in the engine: it has ended, or never was")
-        for request in list(self._requests[request_id]):
-            self._end(request, "abort")
+        self._abort([index(request_id)])
+
+    def _abort(self, request_ids: Iterable[int]) -> None:
+        self._to_abort.extend(request_ids)
+        if not self._turn.is_mine:  # a stream may be collected, and so closed, in the midst of a step
+            with self.alone("abort"):
+                pass
 
     def close(self) -> None:
-        """Aborts what runs; nothing can be added any more."""
+        """Aborts what runs; nothing can be added any more. To be called within `alone`."""
         self._closed = True
         for request_id in list(self._requests):
-            self.abort(request_id)
+            self._end_all(request_id)
 
     def _launch(self, requests: Sequence[Request], forward: Callable[[], Flight | None]) -> None:
         try:
@@ -196,6 +245,10 @@ class Engine:
             self._end(request, reason, (token_id,))
         else:
             request.outbox.append(delta)
+
+    def _end_all(self, request_id: int) -> None:
+        for request in list(self._requests.get(request_id, ())):
+            self._end(request, "abort")
 
     def _end(
         self, request: Request, reason: FinishReason, new: tuple[int, ...] = (), error: Exception | None = None

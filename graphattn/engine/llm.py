@@ -38,8 +38,8 @@ from .text import decoder_of
 class LLM:
     """A decoder of transformers behind continuous batching, its decode step captured once per batch-size bucket.
 
-    Use it from one thread and on one CUDA stream: steps share buffers, and one may still run when a call returns. It
-    attaches to the model it is given and restores it in `close()`.
+    Use it on one CUDA stream: steps share buffers, and one may still run when a call returns. Threads wait for one
+    another. It attaches to the model it is given and restores it in `close()`.
 
     Args:
         model: a model folder, a `.gguf` file, a name on the hub, or a loaded transformers model in eval mode.
@@ -121,8 +121,10 @@ class LLM:
         modes = {"backend": backend, "compile": compile, "capture": capture, "prefill": prefill, "cascade": cascade}
         shortages = {"on_kv_oom": on_kv_oom, "on_capture_oom": on_capture_oom, "memory_fraction": memory_fraction}
         sizes = {"page_size": page_size, "num_pages": num_pages, "kv_bytes": kv_bytes, "max_seq_len": max_seq_len}
-        others = {"layout": layout, "max_prefill_tokens": max_prefill_tokens}
-        check_arguments(model=model, tokenizer=tokenizer, **modes, **shortages, **sizes, **others)
+        sizes |= {"max_prefill_tokens": max_prefill_tokens}
+        given = {"model": model, "tokenizer": tokenizer, "record_batches": record_batches, "progress": progress}
+        switches = {"enforce_eager": enforce_eager, "prefix_cache": prefix_cache, "check": check}
+        check_arguments(**given, **modes, **shortages, layout=layout, switches=switches, counts=sizes)
         progress = progress or (lambda stage, done, total: None)
         model, tokenizer = opened(model, tokenizer, dtype=dtype, device=device, progress=partial(progress, "load"))
         binding = Binding(model, packs=True, checks=check)
@@ -199,13 +201,12 @@ class LLM:
         Raises:
             InvalidRequestError: a prompt cannot be served; none was started.
         """
-        checked = self._prompts.read_all(prompts, params)
-        deltas = self._engine.drive(checked, streams=stream, progress=progress)
+        deltas = self._engine.drive(self._prompts.read_all(prompts, params), streams=stream, progress=progress)
         if stream:
             return deltas
         with closing(deltas):
-            outputs = [delta.output for delta in deltas if delta.output is not None]
-        return sorted(outputs, key=lambda output: (output.request_id, output.index))
+            outputs = (delta.output for delta in deltas if delta.output is not None)
+            return sorted(outputs, key=lambda output: (output.request_id, output.index))
 
     def chat(
         self, messages: Sequence[dict] | Sequence[Sequence[dict]], params=None, **options
@@ -232,9 +233,8 @@ class LLM:
     def step(self) -> list[Delta]:
         """Runs one step: a chunk of prefill for rows that need it, one token for every row that decodes.
 
-        On CUDA what a step drew is returned by the next call, once that has launched its own.
-
-        If a forward pass raises, its requests go back to wait with nothing lost, and the error is raised.
+        On CUDA what a step drew is returned by the next call, once that has launched its own. If a forward pass raises,
+        its requests go back to wait with nothing lost, and the error is raised.
 
         Returns:
             What was added to each request of `add_request` since the last call, finished ones with their output.
@@ -243,9 +243,7 @@ class LLM:
             CaptureError: a weight was moved or reassigned since capture.
         """
         self._engine.step()
-        deltas = list(self._outbox)
-        self._outbox.clear()
-        return deltas
+        return [self._outbox.popleft() for _ in range(len(self._outbox))]
 
     @property
     def has_work(self) -> bool:
@@ -270,18 +268,19 @@ class LLM:
         Requests that run keep their tokens; their keys and values are computed anew, over `kv_scales` if given.
 
         Raises:
-            InvalidArgumentError: a name or shape is not the model's; weights before it are loaded. Or scales that are
-                not for this model and cache; nothing is loaded.
+            InvalidArgumentError: not the model's name or shape; weights before it are loaded. Or scales of another one.
         """
+        self._check_open()
         scales = scales_for(kv_scales, self._executor.planner.cache)
-        self._engine.land()
-        try:
-            if scales is not None:
-                self._executor.binding.set_scales(scales)
-            self._executor.load_weights(weights)
-        finally:
-            self._scheduler.preempt(self._scheduler.running)
-            self.pools.clear_prefixes()
+        with self._engine.alone("load_weights"):
+            self._engine.land()
+            try:
+                if scales is not None:
+                    self._executor.binding.set_scales(scales)
+                self._executor.load_weights(weights)
+            finally:
+                self._scheduler.preempt(self._scheduler.running)
+                self.pools.clear_prefixes()
 
     def explain(self) -> str:
         """What is in force: mode, backend, rope, ladder, pages, and how steps have run."""
@@ -301,17 +300,17 @@ class LLM:
 
         Args:
             num_rows, context: how many rows, at the bucket that holds them, and of how many tokens at first.
-            num_steps: how many.
-            eager: without CUDA graphs, the plain call at the same bucket.
+            num_steps, eager: how many, and whether without CUDA graphs, as the plain call at the same bucket.
 
         Raises:
             InvalidArgumentError: the engine has requests, an argument is out of range, or rows grow past `max_seq_len`.
             BucketError, OutOfPagesError: no bucket holds the rows, or not the cache.
         """
         self._check_open()
-        if self.has_work:
-            raise InvalidArgumentError("time_steps runs alone, and there are requests: finish or abort them first")
-        return time_steps(self._executor, self.pools, num_rows, context, num_steps=num_steps, eager=eager)
+        with self._engine.alone("time_steps"):
+            if self.has_work:
+                raise InvalidArgumentError("time_steps runs alone, and there are requests: finish or abort them first")
+            return time_steps(self._executor, self.pools, num_rows, context, num_steps=num_steps, eager=eager)
 
     def profile(
         self, step_times: Mapping[int, Sequence[StepTime]] | None = None, ladder: Sequence[int] | None = None
@@ -332,10 +331,11 @@ class LLM:
         """Aborts what runs, frees graphs and pages, and restores the model; does nothing the second time."""
         if not self._finalizer.alive:
             return
-        try:
-            self._engine.close()
-        finally:
-            self._finalizer()
+        with self._engine.alone("close"):
+            try:
+                self._engine.close()
+            finally:
+                self._finalizer()
         if self._record_batches is not None:
             Traffic(max_batch=self._scheduler.max_batch, steps=self._executor.runner.rows).save(self._record_batches)
 

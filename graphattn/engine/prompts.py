@@ -58,7 +58,10 @@ class PromptReader:
             raise InvalidRequestError(f"the params of {name} are a {type(params).__name__}: give SamplingParams")
         _refuse_kind(name, prompt)
         try:
-            ids = tuple(map(index, self._encode(prompt, name) if isinstance(prompt, str) else prompt))
+            given = self._encode(prompt, name) if isinstance(prompt, str) else list(prompt)
+            if bool in set(map(type, given)) or str(getattr(prompt, "dtype", "")).endswith("bool"):
+                raise TypeError("True and False are no ids")
+            ids = tuple(map(index, given))
         except TypeError as error:
             raise InvalidRequestError(f"{name} is neither text nor a sequence of token ids: {error}") from error
         if not ids:

@@ -124,7 +124,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = array("q", self.prompt)
-        banned_until = len(self.prompt) + self.params.min_tokens if self.params.min_tokens and self.stop_ids else 0
+        at_least = min(self.params.min_tokens, self.max_tokens)
+        banned_until = len(self.prompt) + at_least if at_least and self.stop_ids else 0
         self.ask = Ask.of(self.params, self.seed, banned_until)
 
     @property

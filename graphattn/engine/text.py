@@ -31,7 +31,7 @@ class TextStream:
         self._decode, self._stop = decode, tuple(stop)
         self._ids: list[int] = []
         self._prefix = self._read = 0  # a piece is decoded with the piece before it, since joins change spaces
-        self._taken = 0
+        self._taken = self._searched = 0  # lengths of text; stop strings that end in what was searched do not count
 
     @property
     def taken(self) -> str:
@@ -60,20 +60,20 @@ class TextStream:
             return
         known = self._decode(self._ids[self._prefix : self._read]) if self._prefix < self._read else ""
         piece = self._decode(self._ids[self._prefix :])
-        if piece.endswith(REPLACEMENT) and not final:
-            return
-        # The next piece needs one before it that has text: behind a special token alone, tokenizers that strip a
-        # leading space would take the next word for the first.
-        if len(piece) > len(known):
-            self._prefix = self._read
-        self._read = len(self._ids)
-        old = len(self.text)
-        self.text += piece[len(known) :]
-        if not may_stop:
-            return
-        found = [at for stop in self._stop if (at := self.text.find(stop, max(0, old - len(stop) + 1))) >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
+        is_whole = final or not piece.endswith(REPLACEMENT)
+        text = self.text + (piece if is_whole else piece.rstrip(REPLACEMENT))[len(known) :]
+        ended, self._searched = self._searched, len(text)
+        if may_stop:
+            found = [at for stop in self._stop if (at := text.find(stop, max(0, ended - len(stop) + 1))) >= 0]
+            if found:
+                self.text, self.stopped = text[: min(found)], True
+                return
+        if is_whole:
+            # The next piece needs one before it that has text: behind a special token alone, tokenizers that strip a
+            # leading space would take the next word for the first.
+            if len(piece) > len(known):
+                self._prefix = self._read
+            self._read, self.text = len(self._ids), text
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that a stop string begins with."""

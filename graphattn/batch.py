@@ -49,6 +49,7 @@ class Batch:
             that; None for one that ends with it, as a decode step's do.
         groups: the pages on the device, one `CSR` per layer group; a decode step's are there once it was fed.
         count_groups: makes the same numbers on the host.
+        page_size: tokens in a page of a ragged batch; None for a decode step, which has its state's.
         tables_host: per layer group the pages of each row of a decode step, `[B, M]` int32, of which row b's first
             `ceil(kv_lens_B[b] / page_size)` count; views that the state's next `stage` changes.
     """
@@ -61,6 +62,7 @@ class Batch:
     groups: tuple[CSR, ...]
     count_groups: Callable[[], tuple[CSR, ...]]
     lengths_N: Tensor | None = None
+    page_size: int | None = None
     tables_host: tuple[np.ndarray, ...] = ()
 
     @cached_property
@@ -75,7 +77,7 @@ def csr_arrays(
     """indptr, indices and last_page_len for rows of `kv_lens` tokens; a table may hold more pages than that needs.
 
     Raises:
-        InvalidArgumentError: a row is empty or its table too short for its tokens.
+        InvalidArgumentError: a row is empty, its table too short for its tokens, or a page number negative.
     """
     lens = np.asarray(kv_lens, dtype=np.int32)
     counts = -(-lens // page_size)
@@ -89,6 +91,8 @@ def csr_arrays(
     np.cumsum(counts, out=indptr[1:])
     pages = chain.from_iterable(islice(table, count) for table, count in zip(tables, counts.tolist(), strict=True))
     indices = np.fromiter(pages, dtype=np.int32, count=int(indptr[-1]))
+    if len(indices) and indices.min() < 0:
+        raise InvalidArgumentError(f"page {indices.min()} is in a table: pages count from 0")
     return indptr, indices, (lens - 1) % page_size + 1
 
 
@@ -113,11 +117,19 @@ def ragged_batch(
             as it is with that token; None for its length with all of these tokens.
 
     Raises:
-        InvalidArgumentError: a row has no new token, or too few pages.
+        InvalidArgumentError: a row has no new token, or too few pages, or the arguments are not of the same rows.
     """
+    if page_size < 1:
+        raise InvalidArgumentError(f"page_size={page_size}: it must be at least 1")
     counts = [len(ids) for ids in token_ids]
     if not counts or min(counts) < 1:
         raise InvalidArgumentError(f"rows of {counts} new tokens: a prefill has rows, each with at least one token")
+    of_rows = {"starts": starts} | {f"tables[{group}]": table for group, table in enumerate(tables)}
+    for name, given in (of_rows | ({} if lengths is None else {"lengths": lengths})).items():
+        if len(given) != len(counts):
+            raise InvalidArgumentError(f"{name} has {len(given)} rows, token_ids {len(counts)}: make them equal")
+    if not all(hasattr(start, "__index__") and start >= 0 for start in starts):
+        raise InvalidArgumentError(f"starts={list(starts)}: they are tokens in the cache, ints of at least 0")
     kv_lens = [start + count for start, count in zip(starts, counts, strict=True)]
     num_tokens = sum(counts)
     qo_indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
@@ -149,4 +161,5 @@ def ragged_batch(
         groups=groups(views),
         count_groups=lambda: groups(views_host),
         lengths_N=views[3],
+        page_size=page_size,
     )

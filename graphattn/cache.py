@@ -99,16 +99,34 @@ class KVCache:
         return len(self.layers) * self.cache.num_pages * self.cache.page_bytes(self.spec)
 
     def clear(self, pages: Sequence[int]) -> None:
-        """Writes zeros to whole pages of every layer."""
-        index_P = torch.tensor(pages, device=self.device)
+        """Writes zeros to whole pages of every layer.
+
+        Raises:
+            InvalidArgumentError: it has no such page; nothing was written.
+        """
+        index_P = self._index(pages)
         for held in self._bytes():
             held.index_fill_(0, index_P, 0)
 
     def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
-        """Copies whole pages within every layer; the two lists are paired and share no page."""
-        source_P, target_P = (torch.tensor(pages, device=self.device) for pages in (source, target))
+        """Copies whole pages within every layer; the two lists are paired and share no page.
+
+        Raises:
+            InvalidArgumentError: it has no such page, lists of different lengths, or a copy onto the null page; nothing
+                was written.
+        """
+        if len(source) != len(target) or NULL_PAGE in target:
+            raise InvalidArgumentError(
+                f"pages {list(source)} onto {list(target)}: give as many of both, and not the null page, {NULL_PAGE}"
+            )
+        source_P, target_P = self._index(source), self._index(target)
         for held in self._bytes():
             held.index_copy_(0, target_P, held.index_select(0, source_P))
+
+    def _index(self, pages: Sequence[int]) -> Tensor:
+        if any(not 0 <= page < self.cache.num_pages for page in pages):
+            raise InvalidArgumentError(f"pages {list(pages)}: the cache has pages 0 to {self.cache.num_pages - 1}")
+        return torch.tensor(pages, dtype=torch.int64, device=self.device)
 
     def _bytes(self) -> Iterator[Tensor]:
         """Keys and values of every layer, those in fp8 as bytes: torch does not have all its kernels for fp8."""

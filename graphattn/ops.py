@@ -68,6 +68,8 @@ def _attend(
         raise InvalidArgumentError(
             f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, the cache {k_cache.dtype}: give all of them one dtype"
         )
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise InvalidArgumentError("attention on pages has no gradient: wrap the step in torch.no_grad()")
     if not 0 <= group < len(plans):
         raise InvalidArgumentError(f"group {group}: the step has plans of groups 0 to {len(plans) - 1}")
     plan = plans[group]

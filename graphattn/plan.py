@@ -49,15 +49,43 @@ def choose_backend(name: str, spec: AttentionSpec, cache: CacheSpec, device: tor
 
 
 class StepPlan:
-    """The plans of one step shape, one per layer group; what `ops.active_plans` takes."""
+    """The plans of one step shape, one per layer group; what `ops.active_plans` takes.
 
-    def __init__(self, groups: Sequence[Plan]):
-        self.groups = tuple(groups)
+    Attributes:
+        groups: the plans.
+        caches: what pages of a ragged batch are checked against; None for a decode step, whose state checks them.
+    """
+
+    def __init__(self, groups: Sequence[Plan], caches: Sequence[CacheSpec] | None = None):
+        self.groups, self.caches = tuple(groups), caches
 
     def plan(self, batch: Batch) -> None:
-        """Plans every group for these rows, from host numbers only."""
+        """Plans every group for these rows, from host numbers only.
+
+        Raises:
+            InvalidArgumentError: a ragged batch has another page size, other layer groups, or a page that its cache
+                has not.
+        """
+        if self.caches is not None:
+            self._check(batch, self.caches)
         for group in self.groups:
             group.plan(batch)
+
+    def _check(self, batch: Batch, caches: Sequence[CacheSpec]) -> None:
+        if len(batch.groups) != len(caches):
+            raise InvalidArgumentError(
+                f"the batch has tables of {len(batch.groups)} layer groups, the planner has {len(caches)}: give "
+                "tables[group][row]"
+            )
+        for index, (csr, cache) in enumerate(zip(batch.groups_host, caches, strict=True)):
+            if batch.page_size != cache.page_size:
+                raise InvalidArgumentError(
+                    f"the batch has page_size={batch.page_size}, the cache {cache.page_size}: make them equal"
+                )
+            if (largest := int(csr.indices_P.max())) >= cache.num_pages:
+                raise InvalidArgumentError(
+                    f"page {largest} of layer group {index}: the cache has pages 0 to {cache.num_pages - 1}"
+                )
 
     def pays(self, batch: Batch) -> bool:
         """Whether these are plans of a cascade that some group is taken to be faster with, for these rows."""
@@ -213,7 +241,7 @@ class Planner:
         Raises:
             BackendError: the backend cannot compute prefill so, here; says why.
         """
-        return StepPlan([backend.prefill_plan(kernel, max_tokens) for backend in self.backends])
+        return StepPlan([backend.prefill_plan(kernel, max_tokens) for backend in self.backends], self.caches)
 
     @property
     def not_capturable(self) -> list[str]:

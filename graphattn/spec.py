@@ -52,9 +52,7 @@ class AttentionSpec:
     variant: Variant | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise InvalidArgumentError(f"{name}={getattr(self, name)}: it must be at least 1")
+        _check_counts(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         if self.num_heads % self.num_kv_heads:
             raise InvalidArgumentError(
                 f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}: "
@@ -64,8 +62,8 @@ class AttentionSpec:
             object.__setattr__(self, "scale", 1.0 / math.sqrt(self.head_dim))
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise InvalidArgumentError(f"scale={self.scale}: it must be a positive number")
-        if self.window is not None and self.window < 1:
-            raise InvalidArgumentError(f"window={self.window}: it counts the token itself, so it is at least 1")
+        if self.window is not None and not (isinstance(self.window, int) and self.window >= 1):
+            raise InvalidArgumentError(f"window={self.window}: it counts the token itself, so it is an int, at least 1")
         if self.softcap is not None and not self.softcap > 0:
             raise InvalidArgumentError(f"softcap={self.softcap}: it must be positive, or None for no cap")
         if self.pos_encoding not in POS_ENCODINGS:
@@ -120,10 +118,9 @@ class CacheSpec:
     query_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        _check_counts(num_pages=self.num_pages, page_size=self.page_size)
         if self.num_pages < 2:
             raise InvalidArgumentError(f"num_pages={self.num_pages}: page 0 is reserved, so at least 2 are needed")
-        if self.page_size < 1:
-            raise InvalidArgumentError(f"page_size={self.page_size}: it must be at least 1")
         if self.dtype not in DTYPES:
             raise InvalidArgumentError(f"dtype={self.dtype}: the cache holds one of {', '.join(map(str, DTYPES))}")
         if self.query_dtype is None:
@@ -149,3 +146,9 @@ class CacheSpec:
     def page_bytes(self, spec: AttentionSpec) -> int:
         """Bytes that one page takes in one layer, keys and values together."""
         return 2 * self.page_size * spec.num_kv_heads * spec.head_dim * self.dtype.itemsize
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InvalidArgumentError(f"{name}={value!r}: it must be an int, at least 1")

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -689,3 +690,61 @@ def test_a_model_whose_handle_is_gone_can_be_detached():
     assert model.config is config and model.forward.__func__ is forward
     with pytest.raises(InvalidArgumentError, match="LlamaForCausalLM is not attached"):
         detach(model)
+
+
+def test_positions_that_a_model_counts_by_its_mask() -> None:
+    """OPT does, where it is given no positions; the mask reaches it."""
+    model = make("opt", ffn_dim=96, word_embed_proj_dim=64)
+    inputs = ragged(3, 9, 6)
+    expected = model(**inputs)
+    with attach(model, page_size=PAGE):
+        assert_same_logits(model(**inputs), expected, inputs["attention_mask"])
+
+
+def test_padding_is_left_out_of_the_loss_of_experts() -> None:
+    model = tiny("mixtral", dtype=torch.float32, num_local_experts=4, num_experts_per_tok=2)
+    inputs = ragged(3, 9, 6) | {"output_router_logits": True}
+    expected = model(**inputs).aux_loss
+    assert (model(inputs["input_ids"], output_router_logits=True).aux_loss - expected).abs() > 1e-3
+    with attach(model, page_size=PAGE):
+        torch.testing.assert_close(model(**inputs).aux_loss, expected, rtol=0, atol=1e-5)
+
+
+def test_what_is_not_causal_is_refused() -> None:
+    model = make()
+    with attach(model, page_size=PAGE), pytest.raises(InvalidArgumentError, match="is_causal=False"):
+        model(**ragged(3, 4), is_causal=False)
+
+
+def test_attention_that_would_drop_out_is_refused() -> None:
+    model = make()
+    with attach(model, page_size=PAGE):
+        model.model.train()
+        with pytest.raises(InvalidArgumentError, match="called in training mode"):
+            model(**ragged(3, 4))
+
+
+def test_a_compiled_model_breaks_its_graph_at_the_call() -> None:
+    model = make()
+    inputs = ragged(3, 4)
+    expected = model(**inputs)
+    with attach(model, page_size=PAGE):
+        assert_same_logits(torch.compile(model, backend="eager")(**inputs), expected, inputs["attention_mask"])
+        with pytest.raises(RuntimeError, match="fullgraph"):
+            torch.compile(model, backend="eager", fullgraph=True)(**inputs)
+
+
+@pytest.mark.parametrize("head", ["TokenClassification", "SequenceClassification"])
+def test_other_heads(head: str) -> None:
+    config = make().config
+    config.pad_token_id = 0
+    model = getattr(transformers, f"AutoModelFor{head}").from_config(config, dtype=torch.float64).eval()
+    inputs = ragged(3, 9, 6)
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    expected = model(**inputs)
+    if head == "SequenceClassification":
+        with pytest.raises(UnsupportedModelError, match=r"its head gives \[3, 2\] for .*check=False leaves that out"):
+            attach(model, page_size=PAGE)
+    with attach(model, page_size=PAGE, check=head == "TokenClassification"):
+        mask = inputs["attention_mask"] if head == "TokenClassification" else None
+        assert_same_logits(model(**inputs), expected, mask)

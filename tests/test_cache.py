@@ -62,3 +62,28 @@ def test_a_copy_in_another_layout(layouts: tuple[str, str], page_size: int) -> N
         ours.converted("DHN")
     with pytest.raises(AttributeError):
         ours.cache = theirs.cache
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda cache: cache.clear([4]), "the cache has pages 0 to 3"),
+        (lambda cache: cache.clear([-1]), "the cache has pages 0 to 3"),
+        (lambda cache: cache.copy_pages([1], [4]), "the cache has pages 0 to 3"),
+        (lambda cache: cache.copy_pages([1], [0]), "not the null page"),
+        (lambda cache: cache.copy_pages([1, 2], [3]), "give as many of both"),
+    ],
+)
+def test_pages_that_are_not_there(call, complaint: str) -> None:
+    cache = KVCache(2, AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=8), CacheSpec(num_pages=4), "cpu")
+    for held in cache._bytes():
+        held.fill_(1)
+    with pytest.raises(InvalidArgumentError, match=complaint):
+        call(cache)
+    assert all((held == 1).all() for held in cache._bytes())
+
+
+def test_no_pages_at_all_are_cleared_and_copied() -> None:
+    cache = KVCache(1, AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=8), CacheSpec(num_pages=4), "cpu")
+    cache.clear([])
+    cache.copy_pages([], [])

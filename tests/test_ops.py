@@ -11,12 +11,14 @@ from tiny import tiny
 from torch import nn
 
 from graphattn import Attention, KVCache, PagePool
+from graphattn.batch import ragged_batch
 from graphattn.cache import all_pages
 from graphattn.engine.step import ModelStep
 from graphattn.errors import InvalidArgumentError, NoActivePlanError
 from graphattn.hf.binding import Binding
 from graphattn.ops import active_plans
 from graphattn.plan import Planner
+from graphattn.rope import Rotary
 from graphattn.spec import AttentionSpec, CacheSpec
 from graphattn.state import StepState
 
@@ -237,3 +239,57 @@ def test_a_layer_that_is_cast_keeps_all_its_pages() -> None:
     )
     with pytest.raises(InvalidArgumentError, match="strides"):
         layer.bind(torch.zeros(8, 16, 2, 64), torch.zeros(8, 2, 16, 64).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"tables": [[[1, 4]]]}, "page 4 of layer group 0: the cache has pages 0 to 3"),
+        ({"tables": [[[-1, 2]]]}, "page -1 is in a table"),
+        ({"tables": [[[1, 2]], [[1, 2]]]}, "the batch has tables of 2 layer groups, the planner has 1"),
+        ({"tables": [[[1, 2], [3]]]}, r"tables\[0\] has 2 rows, token_ids 1"),
+        ({"starts": []}, "starts has 0 rows, token_ids 1"),
+        ({"starts": [-1]}, r"starts=\[-1\]"),
+        ({"starts": [0.5]}, r"starts=\[0.5\]"),
+        ({"lengths": [5, 5]}, "lengths has 2 rows"),
+        ({"page_size": 2, "tables": [[[1, 2, 3]]]}, "the batch has page_size=2, the cache 4"),
+        ({"page_size": 0}, "page_size=0"),
+    ],
+)
+def test_a_ragged_batch_that_does_not_fit_its_plan(options: dict, complaint: str) -> None:
+    spec = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=8)
+    plan = Planner([spec], CacheSpec(num_pages=4, page_size=4, dtype=torch.float32), "cpu").prefill()
+    rows = {"starts": [0], "tables": [[[1, 2]]], "page_size": 4, "device": "cpu"} | options
+    with pytest.raises(InvalidArgumentError, match=complaint):
+        plan.plan(ragged_batch([[7] * 5], **rows))
+
+
+def test_what_a_layer_may_not_be_called_with() -> None:
+    """A cache of fewer pages than planned for, and queries with a gradient."""
+    spec, cache = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=8), CacheSpec(num_pages=6, dtype=torch.float32)
+    layer, plan = Attention(2, 8, num_kv_heads=1), Planner([spec], cache, "cpu").prefill()
+    plan.plan(ragged_batch([[7] * 5], [0], [[[1]]], page_size=16, device="cpu"))
+    q, k = torch.randn(5, 2, 8), torch.randn(5, 1, 8)
+    layer.bind(*KVCache(1, spec, CacheSpec(num_pages=4, dtype=torch.float32), "cpu").layers[0])
+    with active_plans(plan.groups), pytest.raises(InvalidArgumentError, match="has 4 pages, the plan was made for 6"):
+        layer(q, k, k)
+    layer.bind(*KVCache(1, spec, cache, "cpu").layers[0])
+    with active_plans(plan.groups), pytest.raises(InvalidArgumentError, match="wrap the step in torch.no_grad"):
+        layer(q.requires_grad_(), k, k)
+    with active_plans(plan.groups), torch.no_grad():
+        layer(q, k, k)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_heads": 2.0},
+        {"head_dim": True},
+        {"window": 2.5},
+        {"rotary": Rotary(torch.ones(4), q_weight=torch.ones(7), k_weight=torch.ones(7))},
+        {"rotary": Rotary(torch.ones(4), q_weight=torch.ones(8))},
+    ],
+)
+def test_layers_that_cannot_be(options: dict) -> None:
+    with pytest.raises(InvalidArgumentError):
+        Attention(**({"num_heads": 2, "head_dim": 8} | options))

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 from benchmark import attention, decode, nano, prefill, report, start, step
-from benchmark.options import read_counts
+from benchmark.options import complaining, drawing, output, read_counts
 from benchmark.page import write_page
 from benchmark.paths import COMPARISONS
 from benchmark.peers import PEERS
@@ -93,10 +93,16 @@ def main(
     compile: Annotated[bool | None, typer.Option(help="Compile the step; on CUDA by default.")] = None,
     enforce_eager: Annotated[bool, typer.Option(help="No CUDA graphs.")] = False,
     commit: Annotated[str | None, typer.Option(help="The commit, where there is no git to ask.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the document there too.")] = None,
-    plot_path: Annotated[Path | None, typer.Option("--plot", help="decode, step: draw it there.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", callback=output, help="Write the document there too.")
+    ] = None,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", callback=drawing, help="decode, step: draw it there.")
+    ] = None,
     draw: Annotated[Path | None, typer.Option(help="Only draw this JSON document, into --plot.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Only write this page, from the JSON files beside it.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(callback=output, help="Only write this page, from the JSON files beside it.")
+    ] = None,
 ) -> None:
     """Measures graphattn, after its results were found right."""
     if page is not None:
@@ -104,9 +110,15 @@ def main(
     if draw is not None:
         if plot_path is None:
             raise typer.BadParameter("--draw needs --plot, where to draw")
-        document = json.loads(draw.read_text())
-        if document["workload"] not in PLOTTED:
-            raise typer.BadParameter(f"{draw} is of {document['workload']}: there are plots of {' and '.join(PLOTTED)}")
+        try:
+            document = json.loads(draw.read_text())
+            kind = document["workload"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise typer.BadParameter(
+                f"{draw} is no document of a measurement: {type(error).__name__}: {error}"
+            ) from error
+        if kind not in PLOTTED:
+            raise typer.BadParameter(f"{draw} is of {kind}: there are plots of {' and '.join(PLOTTED)}")
         return plot(document, plot_path)
     if workload not in WORKLOADS:
         raise typer.BadParameter(f"workload {workload!r}: choose {', '.join(WORKLOADS)}")
@@ -181,4 +193,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(complaining(main))

@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import typer
 from benchmark.environment import environment
-from benchmark.options import read_counts
+from benchmark.options import complaining, drawing, output, read_counts
 from benchmark.run import WIDTH
 from benchmark.shape import random_model
 from benchmark.timing import copy_rate
@@ -24,7 +24,7 @@ from capturing import backends, ladders, measure, report
 from capturing.plot import plot
 from rich.console import Console
 
-from graphattn import BucketLadder, GraphattnError, Traffic
+from graphattn import BucketLadder, Traffic
 
 SCHEMA_VERSION = 3
 MAX_BATCH = 64  # without a trace or buckets that say
@@ -69,10 +69,13 @@ def main(
     kv_cache_dtype: Annotated[str, typer.Option(help="As LLM takes it: auto or fp8.")] = "auto",
     memory_fraction: Annotated[float, typer.Option(help="As LLM takes it.")] = 0.9,
     commit: Annotated[str | None, typer.Option(help="The commit, where there is no git to ask.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the document there too.")] = None,
-    plot_path: Annotated[Path | None, typer.Option("--plot", help="Draw it there.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", callback=output, help="Write the document there too.")
+    ] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", callback=drawing, help="Draw it there.")] = None,
     profile_path: Annotated[
-        Path | None, typer.Option("--profile", help="Write a profile for LLM(capture_profile=PATH) there.")
+        Path | None,
+        typer.Option("--profile", callback=output, help="Write a profile for LLM(capture_profile=PATH) there."),
     ] = None,
 ) -> None:
     """Measures buckets, and chooses among them."""
@@ -99,39 +102,36 @@ def main(
     console = Console(highlight=False, stderr=True)
     if not console.is_terminal:
         console = Console(highlight=False, stderr=True, width=WIDTH)
-    try:
-        traffic = None if trace is None else Traffic.load(trace)
-        ladder = asked_ladder(buckets, traffic, max_batch)
-        rate = copy_rate(device)
-        console.print(f"a copy within the device runs at {rate / 1e9:.0f} GB/s; measuring {list(ladder)}")
-        with measure.progress(console) as bars:
-            engines, rows, profile = backends.measure_each(
-                backends.candidates(backend, device),
-                (lambda: model) if shape is None else (lambda: random_model(shape, dtype, device)),
-                ladder,
-                options,
-                skips=backend == "auto",
-                bars=bars,
-                contexts=lengths,
-                num_steps=steps,
-                rate=rate,
-                compares=uses_graphs,
-            )
-        choice = None
-        if traffic is not None:
-            saved = ladders.waste_saved(ladder, traffic)
-            rows = [row | {"waste_saved": saved[row["bucket"]]} for row in rows]
-            found = ladders.choose(
-                traffic,
-                {row["bucket"]: backends.serving(row)[0]["step_ms"]["p50"] / 1e3 for row in rows},
-                {row["bucket"]: backends.graph_bytes(row) for row in rows},
-                max_buckets=max_buckets,
-                max_bytes=None if budget_mib is None else budget_mib * 2**20,
-            )
-            choice = {"context": lengths[0], **found}
-            profile = replace(profile, ladder=tuple(found["table"][-1]["sizes"]))
-    except GraphattnError as error:
-        raise typer.BadParameter(str(error)) from error
+    traffic = None if trace is None else Traffic.load(trace)
+    ladder = asked_ladder(buckets, traffic, max_batch)
+    rate = copy_rate(device)
+    console.print(f"a copy within the device runs at {rate / 1e9:.0f} GB/s; measuring {list(ladder)}")
+    with measure.progress(console) as bars:
+        engines, rows, profile = backends.measure_each(
+            backends.candidates(backend, device),
+            (lambda: model) if shape is None else (lambda: random_model(shape, dtype, device)),
+            ladder,
+            options,
+            skips=backend == "auto",
+            bars=bars,
+            contexts=lengths,
+            num_steps=steps,
+            rate=rate,
+            compares=uses_graphs,
+        )
+    choice = None
+    if traffic is not None:
+        saved = ladders.waste_saved(ladder, traffic)
+        rows = [row | {"waste_saved": saved[row["bucket"]]} for row in rows]
+        found = ladders.choose(
+            traffic,
+            {row["bucket"]: backends.serving(row)[0]["step_ms"]["p50"] / 1e3 for row in rows},
+            {row["bucket"]: backends.graph_bytes(row) for row in rows},
+            max_buckets=max_buckets,
+            max_bytes=None if budget_mib is None else budget_mib * 2**20,
+        )
+        choice = {"context": lengths[0], **found}
+        profile = replace(profile, ladder=tuple(found["table"][-1]["sizes"]))
     document = {
         "schema_version": SCHEMA_VERSION,
         "environment": environment(device, commit),
@@ -162,4 +162,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(complaining(main))

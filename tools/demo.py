@@ -126,7 +126,14 @@ def main(
         console.print(f"weights in {convert_gguf(Path(source), dtype)}", soft_wrap=True)
         return
     prompts = [prompt] if prompt else list(PROMPTS)
-    with open_model(source, max_batch=max_batch, enforce_eager=enforce_eager, compile=compile) as llm:
+    from graphattn import GraphattnError
+
+    try:
+        llm = open_model(source, max_batch=max_batch, enforce_eager=enforce_eager, compile=compile)
+    except GraphattnError as error:
+        console.print(f"{type(error).__name__}: {error}", soft_wrap=True, markup=False)
+        raise typer.Exit(1) from error
+    with llm:
         stream(llm, prompts, max_tokens)
         console.print(f"\n{llm.explain()}\n", soft_wrap=True)
         console.print(str(llm.ledger()), soft_wrap=True)

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]  # for `tools.families`, whoever runs this
 
 from tools.benchmark.environment import environment, package_version  # noqa: E402
+from tools.benchmark.options import output  # noqa: E402
 from tools.families.measure import KINDS, measure  # noqa: E402
 from tools.families.page import write_page  # noqa: E402
 from tools.families.quantised import QUANTISERS, try_quantiser  # noqa: E402
@@ -32,10 +33,27 @@ from tools.families.sweep import ALLOWED, WRONG, entries, sweep  # noqa: E402
 from tools.families.table import FAMILIES  # noqa: E402
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode="markdown")
-Json = Annotated[Path | None, typer.Option("--json", help="where to write the document")]
-Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Json = Annotated[Path | None, typer.Option("--json", callback=output, help="where to write the document")]
+DTYPES = ("float32", "bfloat16", "float16")
 Commit = Annotated[str | None, typer.Option(help="of the sources, where git does not know it")]
 COLOURS = {"served": "green", "by attach alone": "green", "refused": "yellow", "wrong": "red", "not built": "blue"}
+
+
+def _device(name: str) -> str:
+    if name not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{name!r}: choose cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"torch {torch.__version__} sees no CUDA device")
+    return name
+
+
+def _dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise typer.BadParameter(f"{name!r}: choose {', '.join(DTYPES)}")
+    return name
+
+
+Device = Annotated[str, typer.Option(callback=_device, help="cpu or cuda")]
 
 
 def _named(asked: str, known: list[str]) -> list[str]:
@@ -53,7 +71,6 @@ def _family(name: str, **options) -> dict:
 
 def _finish(document: dict, path: Path | None, wrong: list[str]) -> None:
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")
     if wrong:
         raise typer.Exit(1)
@@ -63,7 +80,7 @@ def _finish(document: dict, path: Path | None, wrong: list[str]) -> None:
 def families(
     only: Annotated[str, typer.Option(help="names, with commas between; all by default")] = "",
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    dtype: Annotated[str, typer.Option(callback=_dtype, help=", ".join(DTYPES))] = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="compile the step with Inductor")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="processes, each with a family at a time")] = 1,
     commit: Commit = None,
@@ -89,7 +106,7 @@ def families(
 @app.command("sweep")
 def sweep_all(
     only: Annotated[str, typer.Option(help="model types, with commas between; all by default")] = "",
-    seconds: Annotated[float, typer.Option(help="for each")] = 120.0,
+    seconds: Annotated[float, typer.Option(min=1, help="for each")] = 120.0,
     commit: Commit = None,
     path: Json = None,
 ) -> None:
@@ -126,7 +143,7 @@ def quantised(
 
 
 @app.command("page")
-def page(path: Annotated[Path, typer.Argument(help="the page")] = ROOT / "docs" / "models.md") -> None:
+def page(path: Annotated[Path, typer.Argument(callback=output, help="the page")] = ROOT / "docs" / "models.md") -> None:
     """Writes the page from the JSON files in the folder `models` beside it."""
     write_page(path)
 

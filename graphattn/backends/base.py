@@ -119,7 +119,13 @@ class Backend(Protocol):
 
 
 def check_pages(cache: CacheSpec, q_NHD: Tensor, k_cache: Tensor, scales_2K: Tensor | None) -> None:
-    """Raises InvalidArgumentError for a layer with fp8 pages under a plan of others, and the reverse."""
+    """Raises InvalidArgumentError for a layer with fewer pages than its plan was made for, or with fp8 pages under a
+    plan of others, and the reverse."""
+    if len(k_cache) < cache.num_pages:
+        raise InvalidArgumentError(
+            f"the layer's cache has {len(k_cache)} pages, the plan was made for {cache.num_pages}: bind the cache of "
+            "that CacheSpec (a compiler's backend that copies what an op writes, such as aot_eager, copies one page)"
+        )
     is_fp8 = scales_2K is not None
     if is_fp8 == (k_cache.dtype == FP8) == cache.is_fp8 and (not is_fp8 or q_NHD.dtype == cache.query_dtype):
         return

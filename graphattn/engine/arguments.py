@@ -57,8 +57,8 @@ def check_arguments(
         if not any(type(value) is type(each) and value == each for each in allowed):  # 1 is no True
             raise InvalidArgumentError(f"{name}={value!r}: choose {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
     for name, value in counts.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**48):
-            raise InvalidArgumentError(f"{name}={value!r}: it must be an int, at least 1 and below 2**48")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**63):
+            raise InvalidArgumentError(f"{name}={value!r}: it must be an int, at least 1 and below 2**63")
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise InvalidArgumentError(f"{name}={value!r}: it must be True or False")

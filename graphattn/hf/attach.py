@@ -156,9 +156,12 @@ class Attachment:
             with torch.no_grad(), oracle.compared(self.layers, tokens):
                 out = self.model(input_ids=step, **options)
             oracle.check_logits(logits_of(out).flatten(0, 1)[tokens.places], tokens)
-            past, mask = out.past_key_values, torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+            if (past := getattr(out, "past_key_values", None)) is None:
+                break  # a head that gives none back is never continued
+            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
         self._binding.oracle = None  # its tensors are for nothing else
 
+    @torch.compiler.disable(reason="plans are made from host numbers in each call; compile without attach, or use LLM")
     def _forward_on_pages(self, *args, **kwargs):
         """The model's forward, its rows in pages and under a plan; one call at a time, whatever the thread."""
         with self._calls.lock:
@@ -179,9 +182,10 @@ class Attachment:
             kwargs["use_cache"] = getattr(self.model.config.get_text_config(), "use_cache", False)
         if past is not None or kwargs["use_cache"]:
             kwargs["past_key_values"] = cache
-        # Without use_cache the model is given no cache, but its pages are needed until it returns.
+        # Without use_cache the model is given no cache, but its pages are needed until it returns. It keeps the mask:
+        # some count positions by it (OPT), or leave padding out of their losses (experts).
         with cache.filling(valid_BT), active_plans(self._plans(cache, valid_BT)):
-            return self._forward(**{**kwargs, "attention_mask": None})
+            return self._forward(**kwargs)
 
     def _tokens(self, kwargs: dict) -> Tensor:
         """The input ids or embeddings, `[rows, columns, ...]`, of a call that can be served."""
@@ -191,7 +195,9 @@ class Attachment:
             raise InvalidArgumentError("the attached model was called with neither input_ids nor inputs_embeds")
         model = self.model
         has_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (tokens, *model.parameters()))
-        if model.training or has_grad:
+        if kwargs.get("is_causal") is False:
+            raise InvalidArgumentError("is_causal=False: attention on pages is causal; leave it out, or detach")
+        if model.training or has_grad or self._binding.is_training:
             raise InvalidArgumentError(
                 "the attached model was called in training mode or with grad: call model.eval() and wrap the call in "
                 "torch.no_grad(), or detach"
@@ -236,6 +242,7 @@ class Attachment:
                 page_size=self.pages.page_size,
                 device=self.model.device,
             )
+            self._plan.caches = [each.cache for each in self._pool.caches]  # they grow
             self._plan.plan(batch)
         if valid_BT.all():
             return groups

@@ -138,6 +138,11 @@ class Binding:
     def layers(self) -> list[Attention]:
         return [getattr(module, LAYER) for module in self._modules]
 
+    @property
+    def is_training(self) -> bool:
+        """Whether some attention module would drop weights out, which ours never do."""
+        return any(module.training for module in self._modules)
+
     def layers_of(self, group: int) -> list[Attention]:
         """The layers of a group, in order."""
         return [layer for layer in self.layers if layer.group == group]

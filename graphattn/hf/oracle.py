@@ -128,6 +128,8 @@ class Oracle:
             with _hooked([each.register_forward_pre_hook for each in self._modules], keep, with_kwargs=True):
                 with torch.no_grad():
                     self._logits = logits_of(model(input_ids=self.ids, position_ids=positions, use_cache=False))
+            if self._logits.shape[:2] != self.ids.shape:
+                raise TypeError(f"its head gives {list(self._logits.shape)} for {list(self.ids.shape)} tokens")
             found = _recorded.get()
         except torch.OutOfMemoryError:
             raise

@@ -7,15 +7,25 @@ from pathlib import Path
 
 import torch
 
-from graphattn import LLM
+from graphattn import LLM, InvalidArgumentError
 
 
 def config_of(shape: Path):
-    """The transformers config that the file describes."""
+    """The transformers config that the file describes.
+
+    Raises:
+        InvalidArgumentError: it describes none.
+    """
     from transformers import AutoConfig
 
-    settings = json.loads(shape.read_text())
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    try:
+        settings = json.loads(shape.read_text())
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidArgumentError(
+            f"{shape} is no config of a model ({type(error).__name__}: {error}): give a JSON file with a model_type, "
+            "like those in tools/shapes"
+        ) from error
 
 
 def random_model(shape: Path, dtype: torch.dtype, device: str, attention: str | None = None):

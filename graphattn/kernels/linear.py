@@ -20,7 +20,7 @@ MAX_ROWS = 32
 DTYPES = (torch.bfloat16, torch.float16)
 _REGISTERS = 128  # of a thread, that may hold weights which are ahead
 _NEAR = tl.constexpr(8)  # inputs that a thread loads at once
-_MAX_WEIGHTS = {1: 2**40, 16: 2**27, MAX_ROWS: 2**23}  # by rows; beyond, cuBLAS is as near to the bytes, or nearer
+_MAX_WEIGHTS = {1: 2**40, MAX_ROWS: 2**23}  # by rows; beyond, cuBLAS is as near to the bytes, or nearer
 
 
 def suits(weight_NK: Tensor) -> bool:

@@ -18,6 +18,7 @@ class Turn:
     """
 
     def __init__(self):
+        # The collector may close a stream of this very thread once the lock is held and before the owner is known.
         self._lock = threading.RLock()
         self._owner: int | None = None
 

@@ -33,7 +33,6 @@ from tools.families.sweep import ALLOWED, WRONG, entries, sweep  # noqa: E402
 from tools.families.table import FAMILIES  # noqa: E402
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode="markdown")
-Json = Annotated[Path | None, typer.Option("--json", callback=output, help="where to write the document")]
 DTYPES = ("float32", "bfloat16", "float16")
 Commit = Annotated[str | None, typer.Option(help="of the sources, where git does not know it")]
 COLOURS = {"served": "green", "by attach alone": "green", "refused": "yellow", "wrong": "red", "not built": "blue"}
@@ -53,7 +52,17 @@ def _dtype(name: str) -> str:
     return name
 
 
+def _made(path: Path | None) -> Path | None:
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise typer.BadParameter(f"{path}: {error}") from error
+    return output(path)
+
+
 Device = Annotated[str, typer.Option(callback=_device, help="cpu or cuda")]
+Json = Annotated[Path | None, typer.Option("--json", callback=_made, help="where to write; its folder is made")]
 
 
 def _named(asked: str, known: list[str]) -> list[str]:

@@ -15,6 +15,11 @@ def write_document(path: str | Path, schema_version: int, fields: dict[str, Any]
     Path(path).write_text(json.dumps({"schema_version": schema_version, **fields}) + "\n")
 
 
+def may_be_written(path: str | Path) -> bool:
+    """Whether its folder is there, and it is none itself."""
+    return Path(path).absolute().parent.is_dir() and not Path(path).is_dir()
+
+
 def read_document(path: str | Path, what: str, schema_version: int, fields: Sequence[str]) -> dict[str, Any]:
     """The fields of a file that `write_document` wrote.
 

@@ -87,14 +87,10 @@ class Attention(nn.Module):
                 f"inv_freq is {tuple(rotary.inv_freq.shape)}: needed is [pairs] or [lengths, pairs], of the "
                 f"{head_dim // 2} pairs of a head at most"
             )
-        norms = () if rotary is None else (rotary.q_weight, rotary.k_weight)
-        if len({weight is None for weight in norms}) > 1 or any(
-            weight is not None and tuple(weight.shape) != (head_dim,) for weight in norms
-        ):
-            raise InvalidArgumentError(
-                f"norm weights are {[None if weight is None else tuple(weight.shape) for weight in norms]}: needed are "
-                f"two of [{head_dim}], or none"
-            )
+        weights = (None, None) if rotary is None else (rotary.q_weight, rotary.k_weight)
+        shapes = [None if weight is None else tuple(weight.shape) for weight in weights]
+        if shapes not in ([None, None], [(head_dim,)] * 2):
+            raise InvalidArgumentError(f"norm weights are {shapes}: needed are two of [{head_dim}], or none")
         self.group, self.rotary = group, rotary
         self.register_buffer("k_cache", torch.empty(0), persistent=False)
         self.register_buffer("v_cache", torch.empty(0), persistent=False)

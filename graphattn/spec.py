@@ -52,7 +52,7 @@ class AttentionSpec:
     variant: Variant | None = None
 
     def __post_init__(self) -> None:
-        _check_counts(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
+        check_counts(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         if self.num_heads % self.num_kv_heads:
             raise InvalidArgumentError(
                 f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}: "
@@ -118,7 +118,7 @@ class CacheSpec:
     query_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        _check_counts(num_pages=self.num_pages, page_size=self.page_size)
+        check_counts(num_pages=self.num_pages, page_size=self.page_size)
         if self.num_pages < 2:
             raise InvalidArgumentError(f"num_pages={self.num_pages}: page 0 is reserved, so at least 2 are needed")
         if self.dtype not in DTYPES:
@@ -148,7 +148,8 @@ class CacheSpec:
         return 2 * self.page_size * spec.num_kv_heads * spec.head_dim * self.dtype.itemsize
 
 
-def _check_counts(**counts: int) -> None:
+def check_counts(**counts: int) -> None:
+    """Raises InvalidArgumentError for the first that counts nothing, by its name."""
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InvalidArgumentError(f"{name}={value!r}: it must be an int, at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**63:
+            raise InvalidArgumentError(f"{name}={value!r}: it must be an int, at least 1 and below 2**63")

@@ -55,6 +55,16 @@ def one_thread():
     torch.set_num_threads(num_threads)
 
 
+@pytest.fixture(params=[False, True], ids=["at-once", "a-step-late"])
+def overlap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether engines read what a step drew once the next is launched, as on CUDA; who uses this runs both ways."""
+    from graphattn.engine.engine import Engine
+
+    create = Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda *args, **kw: create(*args, **(kw | {"overlap": request.param})))
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def weights() -> Path:
     """The real model, SmolLM2 135M as a GGUF file: of its package, or the one that GRAPHATTN_GGUF names."""

@@ -32,22 +32,13 @@ from graphattn import (
     UnsupportedModelError,
 )
 from graphattn.draw import derive_seed, sample
-from graphattn.engine.engine import Engine
 from graphattn.hf import attach
 from graphattn.plan import choose_backend
 from graphattn.spec import AttentionSpec, CacheSpec
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "overlap")
 
 VOCAB = 128
-
-
-@pytest.fixture(autouse=True, params=[False, True], ids=["at-once", "a-step-late"])
-def overlap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether engines read what a step drew once the next is launched, as on CUDA; every test here runs both ways."""
-    create = Engine.__init__
-    monkeypatch.setattr(Engine, "__init__", lambda *args, **kw: create(*args, **(kw | {"overlap": request.param})))
-    return request.param
 
 
 class Letters:

@@ -14,7 +14,6 @@ import torch
 from tiny import tiny
 
 from graphattn import LLM, InvalidArgumentError, InvalidRequestError, SamplingParams
-from graphattn.engine.engine import Engine
 from graphattn.engine.turn import Turn, interrupts_held
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,10 +21,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [[(7 * row + column) % 128 for column in range(3 + 5 * row)] for row in range(6)]
 
 
-@pytest.fixture(params=[False, True], ids=["at-once", "a-step-late"])
-def llm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
-    create = Engine.__init__
-    monkeypatch.setattr(Engine, "__init__", lambda *args, **kw: create(*args, **(kw | {"overlap": request.param})))
+@pytest.fixture
+def llm(overlap: bool) -> Iterator[LLM]:
     options = {"max_batch": 4, "num_pages": 40, "max_seq_len": 64, "max_prefill_tokens": 16}
     with LLM(tiny("llama", dtype=torch.float32), **options) as engine:
         yield engine

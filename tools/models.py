@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -33,22 +33,13 @@ from tools.families.sweep import ALLOWED, WRONG, entries, sweep  # noqa: E402
 from tools.families.table import FAMILIES  # noqa: E402
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode="markdown")
-DTYPES = ("float32", "bfloat16", "float16")
 Commit = Annotated[str | None, typer.Option(help="of the sources, where git does not know it")]
 COLOURS = {"served": "green", "by attach alone": "green", "refused": "yellow", "wrong": "red", "not built": "blue"}
 
 
 def _device(name: str) -> str:
-    if name not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"{name!r}: choose cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(f"torch {torch.__version__} sees no CUDA device")
-    return name
-
-
-def _dtype(name: str) -> str:
-    if name not in DTYPES:
-        raise typer.BadParameter(f"{name!r}: choose {', '.join(DTYPES)}")
     return name
 
 
@@ -61,7 +52,7 @@ def _made(path: Path | None) -> Path | None:
     return output(path)
 
 
-Device = Annotated[str, typer.Option(callback=_device, help="cpu or cuda")]
+Device = Annotated[Literal["cpu", "cuda"], typer.Option(callback=_device)]
 Json = Annotated[Path | None, typer.Option("--json", callback=_made, help="where to write; its folder is made")]
 
 
@@ -89,7 +80,7 @@ def _finish(document: dict, path: Path | None, wrong: list[str]) -> None:
 def families(
     only: Annotated[str, typer.Option(help="names, with commas between; all by default")] = "",
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(callback=_dtype, help=", ".join(DTYPES))] = "float32",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="compile the step with Inductor")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="processes, each with a family at a time")] = 1,
     commit: Commit = None,

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..backends.base import PREFILL_KERNELS
 from ..buckets import BucketLadder
+from ..document import may_be_written
 from ..errors import InvalidArgumentError, UnsupportedModelError
 from ..hf.load import end_token_ids, load_model
 from ..plan import BACKENDS, CASCADE_MODES
@@ -17,7 +18,7 @@ from ..profile import CaptureProfile
 from ..runner import CAPTURE_MODES, CAPTURE_OOM_MODES
 from ..scales import KVScales
 from ..spans import BackendTable
-from ..spec import LAYOUTS, CacheSpec
+from ..spec import LAYOUTS, CacheSpec, check_counts
 from .sizing import KV_OOM_MODES
 
 
@@ -56,9 +57,7 @@ def check_arguments(
     ):
         if not any(type(value) is type(each) and value == each for each in allowed):  # 1 is no True
             raise InvalidArgumentError(f"{name}={value!r}: choose {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
-    for name, value in counts.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**63):
-            raise InvalidArgumentError(f"{name}={value!r}: it must be an int, at least 1 and below 2**63")
+    check_counts(**{name: value for name, value in counts.items() if value is not None})
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise InvalidArgumentError(f"{name}={value!r}: it must be True or False")
@@ -67,7 +66,7 @@ def check_arguments(
     if record_batches is not None:
         if not isinstance(record_batches, (str, Path)):
             raise InvalidArgumentError(f"record_batches is a {type(record_batches).__name__}: give the path of a file")
-        if not Path(record_batches).parent.is_dir() or Path(record_batches).is_dir():
+        if not may_be_written(record_batches):
             raise InvalidArgumentError(
                 f"record_batches={str(record_batches)!r}: no file can be written there, make its folder first"
             )

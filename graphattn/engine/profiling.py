@@ -11,6 +11,7 @@ from ..errors import InvalidArgumentError, OutOfPagesError
 from ..groups import GroupPools
 from ..profile import BackendProfile, BucketProfile, CaptureProfile, StartCosts, origin
 from ..spans import StepTime, backend_at
+from ..spec import check_counts
 from .executor import Executor
 
 WARM_STEPS = 3
@@ -24,9 +25,7 @@ def time_steps(
     Keys and values are zeros, each row's in pages of its own. What ran here is in no count.
     """
     runner, state = executor.runner, executor.state
-    for name, value in (("num_rows", num_rows), ("context", context), ("num_steps", num_steps)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InvalidArgumentError(f"{name}={value!r}: it must be an int, at least 1")
+    check_counts(num_rows=num_rows, context=context, num_steps=num_steps)
     last = context + WARM_STEPS + num_steps - 1
     if last > state.max_seq_len:
         raise InvalidArgumentError(

@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 
 from graphattn import GraphattnError
+from graphattn.document import may_be_written
 
 DRAWN = (".png", ".svg", ".pdf")
 COUNT = r"[1-9][0-9]*k?"
@@ -32,7 +33,7 @@ def output(path: Path | None) -> Path | None:
     Raises:
         typer.BadParameter: its folder is not there.
     """
-    if path is not None and (not path.absolute().parent.is_dir() or path.is_dir()):
+    if path is not None and not may_be_written(path):
         raise typer.BadParameter(f"{path}: no file can be written there, make its folder first")
     return path
 

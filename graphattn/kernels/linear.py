@@ -20,7 +20,8 @@ MAX_ROWS = 32
 DTYPES = (torch.bfloat16, torch.float16)
 _REGISTERS = 128  # of a thread, that may hold weights which are ahead
 _NEAR = tl.constexpr(8)  # inputs that a thread loads at once
-_MAX_WEIGHTS = {1: 2**40, MAX_ROWS: 2**23}  # by rows; beyond, cuBLAS is as near to the bytes, or nearer
+_FEW = 16  # rows that one block of tensor cores holds
+_LARGEST, _LARGEST_WIDE, _LARGEST_NARROW = 2**23, 2**27, 2**24  # weights; of larger ones cuBLAS is as near to the bytes
 
 
 def suits(weight_NK: Tensor) -> bool:
@@ -39,9 +40,18 @@ def suits(weight_NK: Tensor) -> bool:
 
 
 def is_faster(num_rows: int, weight_NK: Tensor) -> bool:
-    """Whether `linear` is faster than cuBLAS for a weight that `suits` (docs/design-notes.md)."""
-    most = next((most for rows, most in _MAX_WEIGHTS.items() if num_rows <= rows), 0)
-    return weight_NK.numel() <= most and weight_NK.data_ptr() % 16 == 0
+    """Whether `linear` is faster than cuBLAS for a weight that `suits`, as measured in steps (docs/design-notes.md)."""
+    if num_rows > MAX_ROWS or weight_NK.data_ptr() % 16:
+        return False
+    num_out, num_in = weight_NK.shape
+    if num_rows == 1:
+        return True
+    largest = _LARGEST
+    if num_rows <= _FEW and num_out > num_in:
+        largest = _LARGEST_WIDE
+    elif num_rows <= _FEW and num_out <= 2048:
+        largest = _LARGEST_NARROW
+    return num_out * num_in <= largest
 
 
 def linear(
@@ -106,21 +116,23 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _launch(num_rows: int, num_out: int, num_in: int, gated: bool) -> tuple[object, dict[str, int]]:
-    """Which kernel, and its blocks, as measured between other kernels (docs/design-notes.md)."""
+    """Which kernel, and its blocks, as measured in steps (docs/design-notes.md)."""
     is_wide = num_out > num_in
     if num_rows == 1:
         block_out, block_in, warps = (2, 512, 2) if num_in <= 1024 else (4, 1024, 4) if is_wide else (2, 2048, 4)
         return _one_row, {"BLOCK_OUT": block_out, "BLOCK_IN": block_in, "num_warps": warps}
     from .mma import few_rows
 
-    rows, warps = 16 if num_rows <= 16 else 32, 4
-    if gated:
+    rows, warps = _FEW if num_rows <= _FEW else MAX_ROWS, 4
+    if gated and rows == MAX_ROWS:
         block_out, warps = 8, 2
-    elif rows == 32:
-        block_out = 8 if num_in > 2 * num_out else 16
+    elif gated:
+        block_out = 16 if num_in <= 2048 else 8
     elif is_wide:
         block_out = 32 if num_out >= 4096 else 16
-    elif num_out >= 2048:
+    elif rows == MAX_ROWS:
+        block_out = 8 if num_in > 2 * num_out else 16
+    elif num_out >= 2048 or num_in <= 2 * num_out:
         block_out = 16
     else:
         block_out, warps = 8, 8 if num_in % 256 == 0 else 4

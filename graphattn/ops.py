@@ -157,10 +157,10 @@ def _linear(
         from .kernels.linear import linear
 
         if norm is not None and x.dtype == torch.float16 and x.shape[:-1].numel() > 1:
-            x, norm = F.rms_norm(x, norm.shape, norm, eps), None  # x * norm, not yet scaled, may exceed float16
+            x, norm = _normed(x, norm, eps), None  # x * norm, not yet scaled, may exceed float16
         return linear(x, weight, bias, norm_K=norm, eps=eps, gated=gated, residual=residual)
     if norm is not None:
-        x = F.rms_norm(x, norm.shape, norm, eps)
+        x = _normed(x, norm, eps)
     out = F.linear(x, weight, bias)
     if gated and _has_kernels(x):
         from .kernels.gate import gate
@@ -190,6 +190,14 @@ def _linear_pair(
         return total, _linear(normed, next_weight, next_bias, gated=gated)
     total = _linear(x, weight, bias, residual=residual)
     return total, _linear(total, next_weight, next_bias, norm, eps, gated)
+
+
+def _normed(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    if not _has_kernels(x):
+        return F.rms_norm(x, norm.shape, norm, eps)
+    from .kernels.norm import rms_norm
+
+    return rms_norm(x, norm, eps)
 
 
 def _has_kernels(x: Tensor) -> bool:

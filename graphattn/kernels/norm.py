@@ -1,4 +1,4 @@
-"""A residual added and the sum normed, of many rows, in one pass."""
+"""An RMS norm, of a sum with a residual too, of many rows in one pass."""
 
 from __future__ import annotations
 
@@ -22,11 +22,26 @@ def add_norm(x: Tensor, residual: Tensor, weight_K: Tensor, eps: float) -> tuple
     Returns:
         total, normed; both `[..., K]`, contiguous.
     """
-    residual, num_in = residual.contiguous(), x.shape[-1]
     total, normed = torch.empty_like(x), torch.empty_like(x)
+    _launch(x, residual.contiguous(), weight_K, total, normed, eps)
+    return total, normed
+
+
+def rms_norm(x: Tensor, weight_K: Tensor, eps: float) -> Tensor:
+    """`rms_norm(x) * weight`, computed in float32 and rounded once; `x` as for `add_norm`, of any strides."""
+    x = x.contiguous()
+    normed = torch.empty_like(x)
+    _launch(x, None, weight_K, None, normed, eps)
+    return normed
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight_K: Tensor, total: Tensor | None, normed: Tensor, eps: float
+) -> None:
+    num_in = x.shape[-1]
     chained, block = is_chained(x.device), triton.next_power_of_2(num_in)
     with torch.cuda.device_of(x):
-        _add_norm[(x.numel() // num_in,)](
+        _norm[(x.numel() // num_in,)](
             x,
             residual,
             weight_K,
@@ -39,11 +54,10 @@ def add_norm(x: Tensor, residual: Tensor, weight_K: Tensor, eps: float) -> tuple
             num_warps=min(16, max(1, block // 512)),
             launch_pdl=chained,
         )
-    return total, normed
 
 
 @triton.jit
-def _add_norm(x, residual, weight, total, normed, eps, IN: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
+def _norm(x, residual, weight, total, normed, eps, IN: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
     k = tl.arange(0, BLOCK)
     inside = k < IN
     weight_K = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
@@ -51,9 +65,10 @@ def _add_norm(x, residual, weight, total, normed, eps, IN: tl.constexpr, BLOCK: 
         follow()
     at = tl.program_id(0).to(tl.int64) * IN + k
     sum_K = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    sum_K += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    sum_K = sum_K.to(total.dtype.element_ty)
-    tl.store(total + at, sum_K, mask=inside)
-    wide_K = sum_K.to(tl.float32)
-    unit = tl.rsqrt(tl.sum(wide_K * wide_K, 0) / IN + eps)
-    tl.store(normed + at, (wide_K * unit * weight_K).to(normed.dtype.element_ty), mask=inside)
+    if residual is not None:
+        sum_K += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        rounded_K = sum_K.to(total.dtype.element_ty)
+        tl.store(total + at, rounded_K, mask=inside)
+        sum_K = rounded_K.to(tl.float32)
+    unit = tl.rsqrt(tl.sum(sum_K * sum_K, 0) / IN + eps)
+    tl.store(normed + at, (sum_K * unit * weight_K).to(normed.dtype.element_ty), mask=inside)

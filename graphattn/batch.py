@@ -50,6 +50,7 @@ class Batch:
         groups: the pages on the device, one `CSR` per layer group; a decode step's are there once it was fed.
         count_groups: makes the same numbers on the host.
         page_size: tokens in a page of a ragged batch; None for a decode step, which has its state's.
+        order_B: int32 on the device, a decode step's rows, the longest first, once it was fed; None for a ragged batch.
         tables_host: per layer group the pages of each row of a decode step, `[B, M]` int32, of which row b's first
             `ceil(kv_lens_B[b] / page_size)` count; views that the state's next `stage` changes.
     """
@@ -63,6 +64,7 @@ class Batch:
     count_groups: Callable[[], tuple[CSR, ...]]
     lengths_N: Tensor | None = None
     page_size: int | None = None
+    order_B: Tensor | None = None
     tables_host: tuple[np.ndarray, ...] = ()
 
     @cached_property

@@ -85,7 +85,7 @@ class StepState:
             self._csr_G = torch.zeros(len(groups), aligned(self._at_indices + table + 1), **integers)
             # Each a tensor of its own: Dynamo would take a storage offset for a dynamic number.
             self._token_ids, self._positions = torch.zeros(max_batch, **integers), torch.zeros(max_batch, **integers)
-            self._rows = torch.arange(max_batch, **integers)
+            self._rows, self._order = torch.arange(max_batch, **integers), torch.zeros(max_batch, **integers)
             self._arrivals = torch.zeros(1, **integers)
         self._qo_indptr_host = torch.arange(max_batch + 1, dtype=torch.int32, device="cpu")
         self._own_B = stride + np.arange(max_batch)  # each row's place in drawn[0], as a source
@@ -95,7 +95,7 @@ class StepState:
     @property
     def num_bytes(self) -> int:
         """Bytes of the device buffers."""
-        buffers = (self._csr_G, self._token_ids, self._positions, self._rows, self._arrivals)
+        buffers = (self._csr_G, self._token_ids, self._positions, self._rows, self._order, self._arrivals)
         return self._mirror.num_bytes + sum(buffer.nbytes for buffer in buffers)
 
     @property
@@ -172,6 +172,7 @@ class StepState:
                 "rows_N": self._rows[:bucket],
                 "qo_indptr_B1": self._qo_indptr_host[: bucket + 1],
                 "groups": tuple(self.csr(bucket, group) for group in range(len(self.groups))),
+                "order_B": self._order[:bucket],
             }
         held = [sent.held(num_rows) for sent in self._sent]
         kv_lens_B = np.where(wanted_FB[ACTIVE], wanted_FB[LENS], 1).astype(np.int32)
@@ -253,6 +254,7 @@ class StepState:
                 self._tables_GRM,
                 self._token_ids,
                 self._positions,
+                self._order,
                 self._csr_G,
                 self._arrivals,
                 stride=self._drawn_from,
@@ -266,6 +268,7 @@ class StepState:
         is_row_B = active_B != 0
         kv_lens_B = torch.where(is_row_B, lens_B, 1)
         self._positions[:bucket] = kv_lens_B - 1
+        self._order[:bucket] = kv_lens_B.argsort(descending=True, stable=True)
         self._token_ids[:bucket] = self._candidates.index_select(0, sources_B) * active_B
         counts_B = (kv_lens_B + self.page_size - 1) // self.page_size
         page_M = torch.arange(self.max_pages_per_row, dtype=torch.int32, device=self.device)

@@ -33,7 +33,7 @@ def integers(state: StepState) -> list[torch.Tensor]:
     csr = [state.csr(state.max_batch, group) for group in range(len(state.groups))]
     tables = [tensor for each in csr for tensor in (each.indptr_B1, each.indices_P, each.last_page_len_B)]
     fed = [state.token_ids(state.max_batch), state.positions(state.max_batch)]
-    return [state._mirror.numbers, state._arrivals, *fed, *tables]
+    return [state._mirror.numbers, state._arrivals, state._order, *fed, *tables]
 
 
 @runs

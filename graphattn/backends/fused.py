@@ -87,6 +87,7 @@ class Split(NamedTuple):
         whole, fine: tokens; a chunk that would be longer than `whole` is `fine` long, if `splits` are enough for that.
         warps: of a program, each with tokens of its own.
         stages: blocks of a program that are on their way at once.
+        is_ordered: whether the longest rows begin first, so that none is left over when the others have ended.
     """
 
     splits: int
@@ -95,6 +96,7 @@ class Split(NamedTuple):
     fine: int
     warps: int
     stages: int
+    is_ordered: bool
 
 
 def split(rows: int, spec: AttentionSpec) -> Split:
@@ -107,11 +109,12 @@ def split(rows: int, spec: AttentionSpec) -> Split:
     bits = max(1, (programs * spec.head_dim // 128 - 1).bit_length())  # what they read counts, in programs of 128
     near = max(1, 256 >> bits)
     if near >= 32:
-        return Split(near, near // 2, whole=256, fine=128, warps=4, stages=2)
+        return Split(near, near // 2, whole=256, fine=128, warps=4, stages=2, is_ordered=False)
     splits = 16 if programs <= 1024 else 8
     is_full, is_wide = bits > 8, spec.head_dim > 128
     stages = 2 if bits < 8 or (is_wide and not is_full) else 3
-    return Split(splits, near, whole=2048, fine=1024, warps=2 if is_full else 4, stages=stages)
+    warps = 2 if is_full else 4
+    return Split(splits, near, whole=2048, fine=1024, warps=warps, stages=stages, is_ordered=bits >= 8)
 
 
 class DecodePlan:
@@ -136,7 +139,7 @@ class DecodePlan:
         return self._split
 
     def plan(self, batch: Batch) -> None:
-        self._csr = batch.groups[self._group]
+        self._csr, self._order_B = batch.groups[self._group], batch.order_B
 
     def attend(
         self,
@@ -171,6 +174,7 @@ class DecodePlan:
                 csr.indptr_B1,
                 csr.indices_P,
                 csr.last_page_len_B,
+                self._order_B if self._split.is_ordered else None,
                 out_NHD,
                 *self._workspace,
                 None if rotary is None else rotary.inv_freq,

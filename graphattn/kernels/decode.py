@@ -116,6 +116,7 @@ def decode_kernel(
     indptr,
     indices,
     last_page_len,
+    order,
     out,
     partial,
     stats,
@@ -175,6 +176,8 @@ def decode_kernel(
     flat: gl.constexpr = gl.SliceLayout(0, side)
 
     head, row, split = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    if order is not None:
+        row = gl.load(order + row)
     counter = row * gl.num_programs(0) + head
     pages_at = gl.load(indptr + row)
     length = (gl.load(indptr + row + 1) - pages_at - 1) * PAGE + gl.load(last_page_len + row)

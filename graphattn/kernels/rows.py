@@ -20,6 +20,7 @@ def feed_rows(
     tables_GRM: Tensor,
     token_ids_R: Tensor,
     positions_R: Tensor,
+    order_R: Tensor,
     csr_G: Tensor,
     arrivals: Tensor,
     *,
@@ -40,6 +41,7 @@ def feed_rows(
         candidates: token ids.
         tables_GRM: each group's pages of each row, in order.
         token_ids_R, positions_R: where the token of each row and its position go.
+        order_R: where the rows themselves go, the longest first, of equals the first.
         csr_G: where each group's last_page_len, indptr and indices go, the latter two from `at_indptr` and
             `at_indices` on. The first number of indptr must be 0 already.
         arrivals: one number, 0 before and after.
@@ -56,6 +58,7 @@ def feed_rows(
             tables_GRM,
             token_ids_R,
             positions_R,
+            order_R,
             csr_G,
             arrivals,
             bucket,
@@ -78,6 +81,7 @@ def _feed(
     tables,
     token_ids,
     positions,
+    order,
     csr,
     arrivals,
     bucket,
@@ -113,6 +117,8 @@ def _feed(
         token_id = tl.load(candidates + tl.load(fields + 2 * S + row))
         tl.store(token_ids + row, tl.where(is_active, token_id, 0))
         tl.store(positions + row, length - 1)
+        is_ahead_R = inside & ((kv_lens_R > length) | ((kv_lens_R == length) & (r < row)))
+        tl.store(order + tl.sum(is_ahead_R.to(tl.int32), 0), row)
     table = tables + (group * max_rows + row).to(tl.int64) * max_pages
     for start in range(0, count, BLOCK):
         page = start + tl.arange(0, BLOCK)

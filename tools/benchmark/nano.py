@@ -11,6 +11,7 @@ from graphattn import LLM, SamplingParams
 TEMPERATURE = 0.6
 CASE = "requests of mixed lengths"
 MAX_BATCH = 256
+STEP_TOKENS = 16384  # of prefill, nano-vLLM's own default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,11 @@ class Requests:
 
 def sizes(requests: Requests) -> dict:
     """Sizes of an engine for them, as `LLM` takes them."""
-    return {"max_batch": min(MAX_BATCH, requests.num_requests), "max_seq_len": 2 * requests.longest}
+    return {
+        "max_batch": min(MAX_BATCH, requests.num_requests),
+        "max_seq_len": 2 * requests.longest,
+        "max_prefill_tokens": STEP_TOKENS,
+    }
 
 
 def measure(llm: LLM, requests: Requests) -> list[dict]:

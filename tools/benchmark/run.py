@@ -94,8 +94,8 @@ class Run:
     def on_engine(self, sizes: dict, measure: Callable[[LLM], list[dict]]) -> list[dict]:
         """What `measure` finds on an engine of these sizes; the engine's own account goes into the document."""
         started, model = time.perf_counter(), self.model()
-        options = self.engine | sizes
-        with LLM(model, max_prefill_tokens=PREFILL_TOKENS, prefix_cache=False, **options) as llm:
+        options = {"max_prefill_tokens": PREFILL_TOKENS} | self.engine | sizes
+        with LLM(model, prefix_cache=False, **options) as llm:
             start_seconds = time.perf_counter() - started
             rows = measure(llm)
             account = {"explain": llm.explain().splitlines(), "ledger": llm.ledger().to_json()}

@@ -17,7 +17,6 @@ from ..errors import CaptureError, DeviceMemoryError, InvalidArgumentError
 from ..groups import GroupPools
 from ..hf.binding import IMPLEMENTATION, Binding
 from ..hf.capturable import refuse_uncapturable
-from ..layer import Attention
 from ..ledger import mib, tensor_bytes
 from ..ops import active_plans
 from ..pages import NULL_PAGE, PagePool
@@ -33,6 +32,7 @@ from .arguments import vocab_size_of
 from .draws import RowDraws
 from .flight import Flight
 from .forecast import Forecast
+from .placement import Placement
 from .request import Request
 from .scheduler import Chunk
 from .step import ModelStep, most_likely
@@ -72,18 +72,7 @@ class Executor:
         self.kernel_bytes = 0
         self._rows: list[Request] = []  # who decoded where in the last step
         self.step = ModelStep(self.model, compile=compile, max_batch=max_batch)
-        self._weights = [
-            (tensors, name)
-            for module in self.model.modules()
-            if not isinstance(module, Attention)
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        ]
-        self._children = [
-            (module._modules, name, child) for module in self.model.modules() for name, child in module._modules.items()
-        ]
-        self._addresses = self._read_addresses()
+        self._placement = Placement(self.model)
 
     def lay_out(self, caches: Sequence[CacheSpec], ladder: BucketLadder, max_seq_len: int) -> None:
         """Makes pages of each layer group, buffers, plans of prefill and a runner; the compiled step is the same for
@@ -239,8 +228,7 @@ class Executor:
         if not self.runner.uses_graphs:
             self.binding.merged.check()
             return
-        replaced = any(children.get(name) is not child for children, name, child in self._children)
-        if replaced or self._addresses != self._read_addresses():
+        if not self._placement.is_intact:
             raise CaptureError(
                 "a weight was moved or a module reassigned after capture, so captured steps would read the old one; "
                 "update weights in place with llm.load_weights(...), or make a new LLM"
@@ -249,7 +237,7 @@ class Executor:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the model's weights and buffers."""
-        return tensor_bytes(tensors[name] for tensors, name in self._weights)
+        return tensor_bytes(self._placement.tensors)
 
     @property
     def cache_bytes(self) -> int:
@@ -270,8 +258,7 @@ class Executor:
         """Frees graphs, pages and buffers, and restores the model."""
         self.release()
         self.binding.detach()
-        self._weights, self._children, self._addresses = [], [], []
-        del self.step
+        del self.step, self._placement
 
     def _warm_up(self, num_tokens: int) -> None:
         """Draws, and a prefill of that many tokens on the null page: kernels are compiled at their first call, which
@@ -300,9 +287,6 @@ class Executor:
         groups = range(len(self.caches))
         return [[request.pages.tables[group].pages for request in requests] for group in groups]
 
-    def _read_addresses(self) -> list[int]:
-        return [address for tensors, name in self._weights for address in _addresses(tensors[name])]
-
     def _upload(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
@@ -315,13 +299,6 @@ class Executor:
         for row, request in enumerate(requests):
             request.draw(first + row)
         return flight
-
-
-def _addresses(tensor: Tensor) -> list[int]:
-    """Where a tensor lies; of one that wraps others, as quantised weights do, where those lie."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor.data_ptr()]
-    return [address for name in tensor.__tensor_flatten__()[0] for address in _addresses(getattr(tensor, name))]
 
 
 def seated(before: list[Request], requests: Sequence[Request]) -> list[Request]:

@@ -185,7 +185,7 @@ def test_fa3(head_dim: int, dtype, options: dict, heads: str, page_size: int, la
 def test_auto_takes_it_for_large_batches_and_grows_its_plans() -> None:
     """Batches of any size in turn through one plan."""
     skip_unless_ready(SPEC, CACHE)
-    cache = CacheSpec(num_pages=2000)
+    cache = CacheSpec(num_pages=2)  # each batch brings pages of its own
     plan = Planner([SPEC], cache, "cuda", "fused").prefill(max_tokens=8192).groups[0]
     counts = [[1300], [7], [2048, 2000, 100], [1] * 50, [600] * 8, [900]]
     for seed, new in enumerate(counts):

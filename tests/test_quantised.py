@@ -170,10 +170,10 @@ def test_a_wrapped_weight_is_not_folded() -> None:
 def test_a_weight_that_is_replaced_inside_its_wrapper_is_noticed() -> None:
     model = _wrapped()
     with LLM(model, max_batch=2, num_pages=20) as llm:
-        before = llm._executor._read_addresses()
+        assert llm._executor._placement.is_intact
         weight = model.model.layers[0].self_attn.q_proj.weight
         weight.values_int8 = weight.values_int8.clone()
-        assert llm._executor._read_addresses() != before
+        assert not llm._executor._placement.is_intact
 
 
 def _as_by(method: str, *, is_compileable: bool) -> PreTrainedModel:
@@ -223,9 +223,11 @@ def test_quantised_weights_in_graphs(name: str, tmp_path) -> None:
     model = _loaded(REAL[name], tmp_path).cuda()
     for compile in (False, True):
         torch._dynamo.reset()
-        if name == "torchao int8 activations" and not compile:  # torchao 0.18 prints a tensor, if Dynamo does not trace
-            with pytest.raises(CaptureError, match="(?s)cannot be captured.*printing a tensor"):
-                LLM(model, max_batch=4, num_pages=40, compile=False)
+        if name == "torchao int8 activations":
+            # torchao 0.18 prints a tensor if not traced by Dynamo, and torch's int8 product takes more than 16 rows.
+            error, reason = (RuntimeError, "greater than 16") if compile else (CaptureError, "printing a tensor")
+            with pytest.raises(error, match=reason):
+                LLM(model, max_batch=4, num_pages=40, compile=compile)
             continue
         with LLM(model, max_batch=4, num_pages=40, compile=compile) as llm:
             outputs = llm.generate([row[:9] for row in ROWS], SamplingParams(temperature=0, max_tokens=8))

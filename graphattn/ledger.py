@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -153,17 +153,30 @@ def is_off(actual: int, predicted: int) -> bool:
     return abs(actual - predicted) > max(FRACTION * actual, FLOOR)
 
 
+def wraps_others(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no memory of its own but that of tensors in it, as quantised weights do."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor itself, or all in it that have memory if it wraps others."""
+    if not wraps_others(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(getattr(tensor, name))
+
+
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the distinct storages of the tensors: tied weights count once, a view counts as its whole storage.
 
     >>> weight = torch.zeros(8, 4); tensor_bytes([weight, weight.T, weight[:2]])
     128
     """
-    held, seen = list(tensors), set()  # held, since a freed temporary's address would be the next one's
+    held = [plain for tensor in tensors for plain in plain_tensors(tensor)]
+    seen = set()  # of tensors that are held, since a freed temporary's address would be the next one's
     for tensor in held:
-        if hasattr(tensor, "__tensor_flatten__"):
-            held.extend(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-        elif tensor.device.type != "meta":
+        if tensor.device.type != "meta":
             storage = tensor.untyped_storage()
             seen.add((tensor.device, storage.data_ptr(), storage.nbytes()))
     return sum(size for _, _, size in seen)

@@ -7,6 +7,7 @@ from operator import is_
 from torch import Tensor, nn
 
 from ..layer import Attention
+from ..ledger import plain_tensors, wraps_others
 
 
 class Placement:
@@ -27,9 +28,8 @@ class Placement:
             for name, tensor in tensors.items()
             if tensor is not None
         ]
-        # Tensors that wrap others, as quantised weights do, lie where those lie.
-        self._wrapping = [(tensors, name) for tensors, name in held if _wraps(tensors[name])]
-        plain = [(tensors, name) for tensors, name in held if not _wraps(tensors[name])]
+        self._wrapping = [(tensors, name) for tensors, name in held if wraps_others(tensors[name])]
+        plain = [(tensors, name) for tensors, name in held if not wraps_others(tensors[name])]
         self._holders, self._names = [tensors for tensors, _ in plain], [name for _, name in plain]
         parts = [(each._modules, name, part) for each in model.modules() for name, part in each._modules.items()]
         self._parents, self._places = [parent for parent, _, _ in parts], [name for _, name, _ in parts]
@@ -53,14 +53,4 @@ class Placement:
 
     def _now(self) -> list[int]:
         plain = list(map(Tensor.data_ptr, map(dict.get, self._holders, self._names)))
-        return plain + [address for holder, name in self._wrapping for address in _addresses(holder[name])]
-
-
-def _wraps(tensor: Tensor) -> bool:
-    return hasattr(tensor, "__tensor_flatten__")
-
-
-def _addresses(tensor: Tensor) -> list[int]:
-    if not _wraps(tensor):
-        return [tensor.data_ptr()]
-    return [address for name in tensor.__tensor_flatten__()[0] for address in _addresses(getattr(tensor, name))]
+        return plain + [each.data_ptr() for holder, name in self._wrapping for each in plain_tensors(holder[name])]

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from graphattn.ops import active_plans
     from graphattn.pages import BlockTable, PagePool
     from graphattn.plan import Planner
+    from graphattn.prefill_runner import PrefillRunner
     from graphattn.profile import BackendProfile, BucketProfile, CaptureProfile, StartCosts
     from graphattn.rope import Rotary
     from graphattn.runner import DecodeRunner
@@ -87,6 +88,7 @@ __all__ = [
     "OutOfPagesError",
     "PagePool",
     "Planner",
+    "PrefillRunner",
     "RequestOutput",
     "Rotary",
     "SamplingParams",
@@ -144,6 +146,7 @@ _MODULE_OF = {
     "OutOfPagesError": "errors",
     "PagePool": "pages",
     "Planner": "plan",
+    "PrefillRunner": "prefill_runner",
     "RequestOutput": "engine.request",
     "Rotary": "rope",
     "SamplingParams": "sampling",

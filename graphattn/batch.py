@@ -98,6 +98,57 @@ def csr_arrays(
     return indptr, indices, (lens - 1) % page_size + 1
 
 
+@dataclass(frozen=True)
+class RaggedArrays:
+    """The numbers of a batch of rows with any number of new tokens each, int32 on the host; names as in `Batch`.
+
+    Attributes:
+        groups: indptr, indices and last_page_len of each layer group.
+    """
+
+    token_ids_N: np.ndarray
+    positions_N: np.ndarray
+    rows_N: np.ndarray
+    lengths_N: np.ndarray
+    qo_indptr_B1: np.ndarray
+    kv_lens_B: np.ndarray
+    groups: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]
+
+
+def ragged_arrays(
+    token_ids: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    tables: Sequence[Sequence[Sequence[int]]],
+    *,
+    page_size: int,
+    lengths: Sequence[int] | None = None,
+) -> RaggedArrays:
+    """The numbers of such a batch; takes and refuses what `ragged_batch` does."""
+    if page_size < 1:
+        raise InvalidArgumentError(f"page_size={page_size}: it must be at least 1")
+    counts = [len(ids) for ids in token_ids]
+    if not counts or min(counts) < 1:
+        raise InvalidArgumentError(f"rows of {counts} new tokens: a prefill has rows, each with at least one token")
+    of_rows = {"starts": starts} | {f"tables[{group}]": table for group, table in enumerate(tables)}
+    for name, given in (of_rows | ({} if lengths is None else {"lengths": lengths})).items():
+        if len(given) != len(counts):
+            raise InvalidArgumentError(f"{name} has {len(given)} rows, token_ids {len(counts)}: make them equal")
+    if not all(hasattr(start, "__index__") and start >= 0 for start in starts):
+        raise InvalidArgumentError(f"starts={list(starts)}: they are tokens in the cache, ints of at least 0")
+    kv_lens = [start + count for start, count in zip(starts, counts, strict=True)]
+    positions = np.concatenate([np.arange(start, end) for start, end in zip(starts, kv_lens, strict=True)])
+    lengths_N = np.maximum(positions + 1, np.repeat(kv_lens if lengths is None else lengths, counts))
+    return RaggedArrays(
+        token_ids_N=np.fromiter(chain.from_iterable(token_ids), dtype=np.int32, count=len(positions)),
+        positions_N=positions.astype(np.int32, casting="same_kind"),
+        rows_N=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
+        lengths_N=lengths_N.astype(np.int32, casting="same_kind"),
+        qo_indptr_B1=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
+        kv_lens_B=np.asarray(kv_lens, dtype=np.int32),
+        groups=tuple(csr_arrays(group, kv_lens, page_size) for group in tables),
+    )
+
+
 def ragged_batch(
     token_ids: Sequence[Sequence[int]],
     starts: Sequence[int],
@@ -121,30 +172,9 @@ def ragged_batch(
     Raises:
         InvalidArgumentError: a row has no new token, or too few pages, or the arguments are not of the same rows.
     """
-    if page_size < 1:
-        raise InvalidArgumentError(f"page_size={page_size}: it must be at least 1")
-    counts = [len(ids) for ids in token_ids]
-    if not counts or min(counts) < 1:
-        raise InvalidArgumentError(f"rows of {counts} new tokens: a prefill has rows, each with at least one token")
-    of_rows = {"starts": starts} | {f"tables[{group}]": table for group, table in enumerate(tables)}
-    for name, given in (of_rows | ({} if lengths is None else {"lengths": lengths})).items():
-        if len(given) != len(counts):
-            raise InvalidArgumentError(f"{name} has {len(given)} rows, token_ids {len(counts)}: make them equal")
-    if not all(hasattr(start, "__index__") and start >= 0 for start in starts):
-        raise InvalidArgumentError(f"starts={list(starts)}: they are tokens in the cache, ints of at least 0")
-    kv_lens = [start + count for start, count in zip(starts, counts, strict=True)]
-    num_tokens = sum(counts)
-    qo_indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    positions = np.concatenate([np.arange(start, end) for start, end in zip(starts, kv_lens, strict=True)])
-    parts = [
-        np.fromiter(chain.from_iterable(token_ids), dtype=np.int32, count=num_tokens),
-        positions,
-        np.repeat(np.arange(len(counts)), counts),
-        np.maximum(positions + 1, np.repeat(kv_lens if lengths is None else lengths, counts)),
-    ]
-    for group in tables:
-        parts += csr_arrays(group, kv_lens, page_size)
-    host = torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="same_kind"))
+    arrays = ragged_arrays(token_ids, starts, tables, page_size=page_size, lengths=lengths)
+    parts = [arrays.token_ids_N, arrays.positions_N, arrays.rows_N, arrays.lengths_N, *chain(*arrays.groups)]
+    host = torch.from_numpy(np.concatenate(parts))
     sizes = [len(part) for part in parts]
     if torch.device(device).type == "cuda":
         host = host.pin_memory()
@@ -158,8 +188,8 @@ def ragged_batch(
         token_ids_N=views[0],
         positions_N=views[1],
         rows_N=views[2],
-        qo_indptr_B1=torch.from_numpy(qo_indptr),
-        kv_lens_B=torch.tensor(kv_lens, dtype=torch.int32, device="cpu"),
+        qo_indptr_B1=torch.from_numpy(arrays.qo_indptr_B1),
+        kv_lens_B=torch.from_numpy(arrays.kv_lens_B),
         groups=groups(views),
         count_groups=lambda: groups(views_host),
         lengths_N=views[3],

@@ -14,6 +14,7 @@ from .backends.fused import FusedBackend
 from .backends.reference import ReferenceBackend
 from .batch import Batch
 from .errors import BackendError, InvalidArgumentError
+from .padded import PaddedBatch
 from .spans import BackendSpan, BackendTable, Spans, backend_at, checked_spans
 from .spec import AttentionSpec, CacheSpec
 from .state import StepState
@@ -243,9 +244,21 @@ class Planner:
         """
         return StepPlan([backend.prefill_plan(kernel, max_tokens) for backend in self.backends], self.caches)
 
+    def padded(self, padded: PaddedBatch, kernel: str = "auto") -> StepPlan:
+        """The plans of prefills that are padded to one number of tokens.
+
+        Args:
+            padded: their buffers.
+            kernel: as for `prefill`; "auto" is one kernel for all of them.
+
+        Raises:
+            BackendError: the backend cannot compute prefill so, here; says why.
+        """
+        return StepPlan([backend.padded_plan(padded, kernel) for backend in self.backends], self.caches)
+
     @property
     def not_capturable(self) -> list[str]:
-        """Backends whose decode plans may not be captured in a CUDA graph."""
+        """Backends whose plans may not be captured in a CUDA graph."""
         return [name for name, backends in self._made.items() if not all(each.capturable for each in backends)]
 
     @property

@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from graphattn import draw
 from graphattn.draw import sample
 from graphattn.engine.draws import RowDraws
-from graphattn.engine.executor import seated
 from graphattn.engine.idsets import BANNED, SEEN, IdSets, contains
+from graphattn.engine.seats import seated
 from graphattn.noise import keys_of, mix
 from graphattn.sampling import Ask, RowSampling, SamplingParams
 

@@ -31,7 +31,7 @@ from graphattn.meters import pool_name
 
 pytestmark = pytest.mark.gpu
 MIB = 1 << 20
-TINY = {"max_batch": 4, "max_seq_len": 128, "num_pages": 64, "compile": False}
+TINY = {"max_batch": 4, "max_seq_len": 128, "num_pages": 64, "compile": False, "prefill_buckets": (128,)}
 OTHER = """
 import sys, torch
 share = float(sys.argv[1])
@@ -109,11 +109,13 @@ def test_private_pools_are_known_by_their_id() -> None:
     with LLM(small("llama"), **TINY) as first, LLM(small("llama"), **TINY) as second:
         pools = memory.read_meters("cuda").private_pools
         for llm in (first, second):
-            runner = llm._executor.runner
+            runner, prefill_runner = llm._executor.runner, llm._executor.prefill_runner
             lines = {line.name: line.bytes for line in llm.ledger().lines}
             assert lines["graph pool"] == pools[pool_name(runner.pool)].reserved
             assert lines["graph pool"] == sum(capture.pool_bytes for capture in runner.captures) > 0
-            assert lines["other graph pools"] == sum(pool.reserved for pool in pools.values()) - lines["graph pool"]
+            assert lines["prefill graph pool"] == pools[pool_name(prefill_runner.pool)].reserved > 0
+            ours = lines["graph pool"] + lines["prefill graph pool"]
+            assert lines["other graph pools"] == sum(pool.reserved for pool in pools.values()) - ours
         print(f"\n{first.ledger()}")
         for capture in first._executor.runner.captures:
             print(capture)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..errors import InvalidArgumentError
+from ..padded import PaddedBatch
 from ..rope import Rotary
 from ..spec import FP8, AttentionSpec, CacheSpec
 from ..state import StepState
@@ -68,7 +69,7 @@ class Plan(Protocol):
 
 
 class PrefillPlan(Plan, Protocol):
-    """A plan for ragged rows of any number of query tokens; never captured.
+    """A plan for ragged rows of any number of query tokens.
 
     Attributes:
         about: which kernels compute it, how often each did, and why no others do.
@@ -83,7 +84,7 @@ class Backend(Protocol):
 
     Attributes:
         name: what users ask for it by.
-        capturable: whether its decode plans may run inside a CUDA graph.
+        capturable: whether its decode and padded plans may run inside a CUDA graph.
     """
 
     name: str
@@ -106,6 +107,18 @@ class Backend(Protocol):
         Args:
             kernel: one of `PREFILL_KERNELS`.
             max_tokens: query tokens of the largest batch; what only larger ones would use is not made ready.
+
+        Raises:
+            BackendError: it cannot compute prefill so, here.
+        """
+        ...
+
+    def padded_plan(self, padded: PaddedBatch, kernel: str = "auto") -> Plan:
+        """The plan of prefills that are padded to one number of tokens and rows, reading fixed-address buffers.
+
+        Args:
+            padded: the buffers.
+            kernel: one of `PREFILL_KERNELS`; "auto" is one kernel for all of them.
 
         Raises:
             BackendError: it cannot compute prefill so, here.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..batch import CSR, Batch
 from ..mirror import Mirror
+from ..padded import PaddedBatch
 from ..prefixes import Cascade, pays, shared_prefixes
 from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
@@ -71,6 +72,9 @@ class CascadeBackend:
 
     def prefill_plan(self, kernel: str = "auto", max_tokens: int = 0) -> PrefillPlan:
         return self._prefill.prefill_plan(kernel, max_tokens)
+
+    def padded_plan(self, padded: PaddedBatch, kernel: str = "auto") -> Plan:
+        return self._prefill.padded_plan(padded, kernel)
 
     @property
     def num_bytes(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..kernels import has_gluon
+from ..padded import PaddedBatch
 from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
@@ -60,6 +61,9 @@ class FusedBackend:
 
     def prefill_plan(self, kernel: str = "auto", max_tokens: int = 0) -> PrefillPlan:
         return self._prefill.prefill_plan(kernel, max_tokens)
+
+    def padded_plan(self, padded: PaddedBatch, kernel: str = "auto") -> Plan:
+        return self._prefill.padded_plan(padded, kernel)
 
     @property
     def num_bytes(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..errors import BackendError
+from ..padded import PaddedBatch
 from ..rope import Rotary
 from ..scales import dequantised, pair, quantised
 from ..spec import AttentionSpec, CacheSpec
@@ -47,6 +48,9 @@ class ReferenceBackend:
             )
         return ReferencePlan(self._group, self._spec, self._cache)
 
+    def padded_plan(self, padded: PaddedBatch, kernel: str = "auto") -> ReferencePlan:
+        return self.prefill_plan(kernel)
+
 
 class ReferencePlan:
     """Slots to write and to read for the rows of one step; decode rows are computed together, longer ones in turn."""
@@ -69,7 +73,7 @@ class ReferencePlan:
         ]
         new = [slots[length - count :] for slots, length, count in zip(slots_of_row, kv_lens, query_lens, strict=True)]
         self._new = self._where(torch.cat(new).to(device))
-        if max(query_lens) == 1:
+        if max(query_lens) == min(query_lens) == 1:
             parts = [torch.nn.utils.rnn.pad_sequence(slots_of_row, batch_first=True)]
             self._parts = [(slice(None), self._where(parts[0].to(device)), torch.tensor(kv_lens, device=device))]
         else:
@@ -77,6 +81,7 @@ class ReferencePlan:
             self._parts = [
                 (slice(start, end), self._where(slots.to(device)[None]), torch.tensor([length], device=device))
                 for start, end, slots, length in zip(ends[:-1], ends[1:], slots_of_row, kv_lens, strict=True)
+                if end > start
             ]
 
     def attend(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 KERNELS, WORKSPACES = "graphs and kernels", "workspaces"
 # Lines that a start adds to, beside the cache.
-GROWING = (WORKSPACES, "step buffers", "logits", "graph pool", KERNELS, CACHE, "other torch")
+GROWING = (WORKSPACES, "step buffers", "logits", "graph pool", "prefill graph pool", KERNELS, CACHE, "other torch")
 
 
 def page_lines(caches: Sequence[KVCache]) -> dict[str, int]:
@@ -31,10 +31,11 @@ def page_lines(caches: Sequence[KVCache]) -> dict[str, int]:
 
 def engine_ledger(executor: Executor) -> Ledger:
     """Where the bytes of the device are, beside what the start was to take."""
-    runner, forecast = executor.runner, executor.forecast
+    pools = {"graph pool": executor.runner.pool, "prefill graph pool": executor.prefill_runner.pool}
+    forecast = executor.forecast
     options: dict = {}
     if _has_driver(executor):
-        options["pools"] = {} if runner.pool is None else {"graph pool": runner.pool}
+        options["pools"] = {name: pool for name, pool in pools.items() if pool is not None}
         # One line, since the driver keeps what a first capture's graphs took and gives it to what comes next.
         options["driver_parts"] = {KERNELS: executor.kernel_bytes + _graph_bytes(executor)}
     if forecast is not None:

@@ -37,6 +37,7 @@ def check_arguments(
     on_kv_oom,
     record_batches,
     progress,
+    prefill_buckets,
     switches,
     counts,
 ) -> None:
@@ -76,9 +77,25 @@ def check_arguments(
         or not 0 < memory_fraction <= 1
     ):
         raise InvalidArgumentError(f"memory_fraction={memory_fraction!r}: it must be above 0 and at most 1")
+    _check_prefill_buckets(prefill_buckets, counts["max_prefill_tokens"])
     if counts["num_pages"] is not None and counts["kv_bytes"] is not None:
         raise InvalidArgumentError(
             f"num_pages={counts['num_pages']} and kv_bytes={counts['kv_bytes']}: give one of them"
+        )
+
+
+def _check_prefill_buckets(buckets: Sequence[int] | None, max_prefill_tokens: int) -> None:
+    """Raises InvalidArgumentError for numbers of tokens that are none, or that no step computes."""
+    if buckets is None:
+        return
+    if not isinstance(buckets, Sequence) or isinstance(buckets, (str, bytes)):
+        raise InvalidArgumentError(f"prefill_buckets={buckets!r}: give a sequence of numbers of tokens, () for none")
+    for bucket in buckets:
+        check_counts(**{"a bucket of prefill_buckets": bucket})
+    if max(buckets, default=0) > max_prefill_tokens:
+        raise InvalidArgumentError(
+            f"prefill_buckets={list(buckets)}: a step computes max_prefill_tokens={max_prefill_tokens} at most, raise "
+            "that or drop the bucket"
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
@@ -21,6 +23,7 @@ from ..ledger import mib, tensor_bytes
 from ..ops import active_plans
 from ..pages import NULL_PAGE, PagePool
 from ..plan import Planner
+from ..prefill_runner import PrefillRunner, default_buckets
 from ..runner import DecodeRunner
 from ..sampling import Ask, RowSampling, SamplingParams
 from ..shortage import first_line, is_out_of_memory
@@ -35,13 +38,14 @@ from .forecast import Forecast
 from .placement import Placement
 from .request import Request
 from .scheduler import Chunk
+from .seats import seated
 from .step import ModelStep, most_likely
 
 DECODED, PREFILLED = 0, 1  # the rows of `StepState.drawn`
 
 
 class Executor:
-    """A bound model with its pages, prefilling ragged batches without CUDA graphs and decoding through the runner."""
+    """A bound model with its pages: decodes and prefills through runners, larger ragged batches without CUDA graphs."""
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class Executor:
         max_batch: int,
         prefill: str,
         max_prefill_tokens: int,
+        prefill_buckets: Sequence[int] | None,
     ):
         self.binding, self.model, self.device = binding, binding.model, binding.model.device
         if compile or (self.device.type == "cuda" and not enforce_eager):
@@ -63,8 +68,10 @@ class Executor:
         self.num_layers, self.backend, self.cascade = len(binding.layers), backend, cascade
         self.is_lazy = capture == "lazy"
         self.prefill_kernel, self.max_prefill_tokens = prefill, max_prefill_tokens
+        self.prefill_buckets = prefill_buckets if prefill_buckets is None else tuple(prefill_buckets)
         self._options = {"enforce_eager": enforce_eager, "capture": capture, "on_capture_oom": on_capture_oom}
         self.runner: DecodeRunner | None = None
+        self.prefill_runner: PrefillRunner | None = None
         self.caches: list[KVCache] = []  # by layer group
         self.enforce_eager, self.shortage = enforce_eager, None
         self.forecast: Forecast | None = None  # what the start was to take,
@@ -97,6 +104,15 @@ class Executor:
         self.runner = DecodeRunner(self.step, self.state, self.planner, ladder=ladder, **self._options)
         longest = min(self.max_prefill_tokens, ladder.max * max_seq_len)
         self._prefill_plan = self.planner.prefill(self.prefill_kernel, longest)
+        self.prefill_runner = PrefillRunner(
+            self.step.logits,
+            self.planner,
+            self._default_prefill_buckets(longest) if self.prefill_buckets is None else self.prefill_buckets,
+            max_batch=ladder.max,
+            max_seq_len=max_seq_len,
+            kernel=self.prefill_kernel,
+            enforce_eager=self.enforce_eager,
+        )
 
     def pools(self, *, prefix_cache: bool) -> GroupPools:
         """New books of who holds which page of each layer group."""
@@ -105,8 +121,9 @@ class Executor:
 
     def release(self) -> None:
         """Frees graphs, pages and buffers, to the last byte for others; `lay_out` makes new ones."""
-        if self.runner is not None:
-            self.runner.close()
+        for runner in (self.prefill_runner, self.runner):
+            if runner is not None:
+                runner.close()
         self.binding.unbind()
         for cache in self.caches:
             cache.layers.clear()  # who still holds the cache must not keep the bytes
@@ -125,6 +142,8 @@ class Executor:
             DeviceMemoryError: it does not hold the longest prefill beside them.
         """
         self.runner.capture(progress, max_buckets=max_buckets)
+        beside = f"beside {mib(self.cache_bytes)} MiB of cache"
+        less = "give the cache less (kv_bytes, num_pages or memory_fraction)"
         if self.device.type == "cuda":
             try:
                 self._warm_up(self.max_prefill_tokens)
@@ -132,10 +151,18 @@ class Executor:
                 if not is_out_of_memory(error):
                     raise
                 raise DeviceMemoryError(
-                    f"a prefill of {self.max_prefill_tokens} tokens does not fit beside {mib(self.cache_bytes)} "
-                    f"MiB of cache ({first_line(error)}): lower max_prefill_tokens, or give the cache less (kv_bytes, "
-                    "num_pages or memory_fraction)"
+                    f"a prefill of {self.max_prefill_tokens} tokens does not fit {beside} ({first_line(error)}): lower "
+                    f"max_prefill_tokens, or {less}"
                 ) from error
+        if failed := self.prefill_runner.capture():
+            text = (
+                f"prefills of {', '.join(map(str, failed))} tokens could not be captured {beside} "
+                f"({next(iter(failed.values()))}): name fewer in prefill_buckets, or {less}"
+            )
+            if self._options["on_capture_oom"] == "raise":
+                raise DeviceMemoryError(text)
+            self.shortage, self.prefill_buckets = text, self.prefill_runner.buckets
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
 
     @property
     def about_prefill(self) -> str:
@@ -151,19 +178,17 @@ class Executor:
         starts = [request.num_computed for request in requests]
         ends = [start + chunk.num_tokens for start, chunk in zip(starts, chunks, strict=True)]
         rule = self.binding.length_rule
-        batch = ragged_batch(
-            [request.tokens[start:end] for request, start, end in zip(requests, starts, ends, strict=True)],
-            starts,
-            self._tables(requests),
-            page_size=self.state.page_size,
-            device=self.device,
-            lengths=None if rule is None else [rule.counted(len(r.prompt), r.computed_as) for r in requests],
-        )
-        complete = torch.tensor([chunk.completes for chunk in chunks], device="cpu")
-        last = batch.qo_indptr_B1[1:][complete].long() - 1
-        if not len(last):
-            last = batch.qo_indptr_B1[-1:].long() - 1  # its logits are computed for nobody
-        logits_RV = self.logits(batch, last)
+        token_ids = [request.tokens[start:end] for request, start, end in zip(requests, starts, ends, strict=True)]
+        rows = (token_ids, starts, self._tables(requests))
+        lengths = None if rule is None else [rule.counted(len(r.prompt), r.computed_as) for r in requests]
+        counts = [chunk.num_tokens for chunk in chunks]
+        last = [end - 1 for end, chunk in zip(accumulate(counts), chunks, strict=True) if chunk.completes]
+        last = last or [sum(counts) - 1]  # its logits are computed for nobody
+        if (bucket := self.prefill_runner.pick(sum(counts), len(chunks))) is not None:
+            logits_RV = self.prefill_runner.run(bucket, *rows, last, lengths)
+        else:
+            batch = ragged_batch(*rows, page_size=self.state.page_size, device=self.device, lengths=lengths)
+            logits_RV = self.logits(batch, torch.tensor(last, device="cpu"))
         for chunk in chunks:
             chunk.request.computed(chunk.num_tokens)
         drawn = [chunk.request for chunk in chunks if chunk.request.num_pending == 0]
@@ -250,8 +275,8 @@ class Executor:
             "weights": self.weight_bytes,
             **page_lines(self.caches),
             WORKSPACES: self.planner.num_bytes,
-            "step buffers": self.state.num_bytes + self._draws.num_bytes,
-            "logits": self.runner.num_bytes,
+            "step buffers": self.state.num_bytes + self._draws.num_bytes + self.prefill_runner.buffer_bytes,
+            "logits": self.runner.num_bytes + self.prefill_runner.logits_bytes,
         }
 
     def close(self) -> None:
@@ -259,6 +284,14 @@ class Executor:
         self.release()
         self.binding.detach()
         del self.step, self._placement
+
+    def _default_prefill_buckets(self, longest: int) -> tuple[int, ...]:
+        """What suits the model and steps of so many tokens, where prefill can be captured, and now."""
+        if self.device.type != "cuda" or self.is_lazy or self.backend == "reference":
+            return ()
+        embedded = self.model.get_input_embeddings().weight.numel()
+        num_weights = sum(weight.numel() for weight in self.model.parameters()) - embedded
+        return default_buckets(longest, num_weights)
 
     def _warm_up(self, num_tokens: int) -> None:
         """Draws, and a prefill of that many tokens on the null page: kernels are compiled at their first call, which
@@ -299,25 +332,3 @@ class Executor:
         for row, request in enumerate(requests):
             request.draw(first + row)
         return flight
-
-
-def seated(before: list[Request], requests: Sequence[Request]) -> list[Request]:
-    """The requests in an order in which as few as possible have another place than before.
-
-    Who stays keeps its place. Where one has left, a new one takes its place, or else the last of all moves there.
-
-    Example:
-        >>> seated(["a", "b", "c", "d"], ["a", "c", "d"]), seated(["a", "b"], ["b", "c", "d"])
-        (['a', 'd', 'c'], ['c', 'b', 'd'])
-    """
-    staying, known = set(requests), set(before)
-    if staying == known:
-        return before
-    new = (request for request in requests if request not in known)
-    rows = [request if request in staying else next(new, None) for request in before]
-    rows += new
-    while None in rows:
-        last = rows.pop()
-        if last is not None:
-            rows[rows.index(None)] = last
-    return rows

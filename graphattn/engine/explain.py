@@ -24,7 +24,7 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str
     return "\n".join(
         (
             f"decode      {mode}, {compiled}",
-            f"prefill     no CUDA graphs, {compiled}; {executor.about_prefill}",
+            f"prefill     {_prefill(executor)}, {compiled}; {executor.about_prefill}",
             f"backend     {', '.join(planner.all_names)} on {executor.device}",
             *_cascade(planner),
             *_layers(executor),
@@ -39,6 +39,16 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str
             f"guard; {scheduler.num_preemptions} preemptions, {pools.pools[0].num_hits} tokens from the prefix cache",
         )
     )
+
+
+def _prefill(executor: Executor) -> str:
+    """The numbers of tokens that prefills are padded to, how many were, and what is done with others."""
+    run = executor.prefill_runner
+    if not run.buckets:
+        return "no CUDA graphs"
+    mode = "captured at" if executor.runner.uses_graphs else "eager at"
+    steps = ", ".join(f"{count} {how}" for how, count in run.counts.items()) or "none yet"
+    return f"{mode} {', '.join(map(str, run.buckets))} tokens ({steps}), others without CUDA graphs"
 
 
 def _bucket(executor: Executor, bucket: int, backend: str) -> str:

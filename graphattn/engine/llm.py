@@ -56,28 +56,25 @@ class LLM:
         buckets: batch sizes to capture; None for a ladder that suits `max_batch`. `max_batch` is always added.
         page_size: tokens in a page.
         num_pages, kv_bytes: pages of each layer group, with the null page (with a window those it can use), or bytes.
-        memory_fraction: with neither, what the engine may take, all in all, of the memory that is free once the model
-            is loaded (no more than `max_batch` requests of `max_seq_len` can use).
+        memory_fraction: with neither, what the engine may take of what is free beside the model, if it can be of use.
         on_kv_oom: where memory does not hold that cache: "raise", or "shrink" it to what is free then, with a warning.
         on_capture_oom: where it does not hold a graph: "raise", or "shrink" ladder and `max_batch`, with a warning.
         kv_cache_dtype: "fp8" keeps keys and values in e4m3, a byte each; "auto" in the model's own dtype.
         kv_scales: of an fp8 cache, as `calibrate` gives them, or a file of them; None for 1.0 everywhere.
         layout: of a page: "NHD" (slots first), "HND" or "auto", which is NHD.
-        capture_profile: a file of `tools/capture.py` with the ladder and each bucket's backend; refused if it was made
-            for another `max_batch`, model, page, device or version.
+        capture_profile: a file of `tools/capture.py`: ladder and backends; refused if made for another model or device.
         record_batches: a file for `tools/capture.py`: `close()` writes how many steps ran with how many rows into it.
         max_prefill_tokens: prompt tokens computed in one step; longer prompts are prefilled in chunks.
-        prefill: FlashInfer's kernels: "fa2", "fa3" (compiled once, in a minute or more), or "auto", which is fa3 for
-            batches large enough on a Hopper GPU if its module is there.
+        prefill: FlashInfer's "fa2" or "fa3" (compiled once, in a minute); "auto" is fa3 for large batches, if there.
+        prefill_buckets: prompt tokens to capture a step at; fewer are padded. None: what suits the model, (): none.
         prefix_cache: share full pages between requests that begin alike.
         check: run a few tokens on transformers' eager attention and on ours first, and compare every layer.
         progress: called as `progress(stage, done, total)`; stages "load", "measure" (to size the cache) and "capture".
 
     Raises:
-        ModelFileError: no model at that path.
+        ModelFileError: no model at that path; InvalidArgumentError: an argument is out of range.
         UnsupportedModelError: its attention does something that is not served; ModelCheckError if `check` shows it.
         BackendError: no backend for it, e.g. CUDA without FlashInfer, or not the `prefill` asked for; says why.
-        InvalidArgumentError: an argument is out of range.
 
     Example:
         >>> with LLM("Qwen/Qwen3-0.6B") as llm:
@@ -112,6 +109,7 @@ class LLM:
         record_batches: str | Path | None = None,
         max_prefill_tokens: int = 8192,
         prefill: str = "auto",
+        prefill_buckets: Sequence[int] | None = None,
         prefix_cache: bool = True,
         check: bool = True,
         progress: Progress | None = None,
@@ -120,9 +118,10 @@ class LLM:
         ladder = ladder_for(max_batch, buckets, profile)
         modes = {"backend": backend, "compile": compile, "capture": capture, "prefill": prefill, "cascade": cascade}
         shortages = {"on_kv_oom": on_kv_oom, "on_capture_oom": on_capture_oom, "memory_fraction": memory_fraction}
-        sizes = {"page_size": page_size, "num_pages": num_pages, "kv_bytes": kv_bytes, "max_seq_len": max_seq_len}
-        sizes |= {"max_prefill_tokens": max_prefill_tokens}
+        sizes = {"page_size": page_size, "num_pages": num_pages, "kv_bytes": kv_bytes}
+        sizes |= {"max_seq_len": max_seq_len, "max_prefill_tokens": max_prefill_tokens}
         given = {"model": model, "tokenizer": tokenizer, "record_batches": record_batches, "progress": progress}
+        given |= {"prefill_buckets": prefill_buckets}
         switches = {"enforce_eager": enforce_eager, "prefix_cache": prefix_cache, "check": check}
         check_arguments(**given, **modes, **shortages, layout=layout, switches=switches, counts=sizes)
         progress = progress or (lambda stage, done, total: None)
@@ -142,6 +141,7 @@ class LLM:
                 max_batch=max_batch,
                 prefill=prefill,
                 max_prefill_tokens=max_prefill_tokens,
+                prefill_buckets=prefill_buckets,
             )
             undo.callback(self._executor.close)
             vocab_size, limit = vocab_size_of(model), length_limit(binding, max_seq_len)

@@ -46,6 +46,7 @@ def prove(binding: Binding, cache: CacheSpec, backend: str | BackendTable, *, pr
             max_batch=len(binding.oracle.prompts),
             prefill=prefill,
             max_prefill_tokens=binding.oracle.ids.numel(),
+            prefill_buckets=(),
         )
         try:
             _run(executor, cache)

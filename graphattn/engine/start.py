@@ -97,12 +97,13 @@ class Start:
         )
 
     def _settings(self) -> dict[str, str | int | bool]:
-        executor = self._executor
+        executor, asked = self._executor, self._executor.prefill_buckets
         return {
             "compile": executor.step.compile,
             "enforce_eager": executor.enforce_eager,
             "max_prefill_tokens": executor.max_prefill_tokens,
             "prefill": executor.prefill_kernel,
+            "prefill_buckets": "auto" if asked is None else ", ".join(map(str, asked)),
         }
 
     def _room(self, num_pages: int) -> int:
@@ -143,7 +144,7 @@ class Start:
             self._lay_out_smallest(base)
             executor.capture(partial(self._progress, "measure"), max_buckets=2 if executor.is_lazy else None)
             grown, captures, runner = growth(executor, base), executor.runner.captures, executor.runner
-            self._ladder, executor.shortage = runner.ladder, runner.shortage
+            self._ladder, executor.shortage = runner.ladder, runner.shortage or executor.shortage
             if runner.planner.table is not None:
                 executor.backend = runner.planner.table  # without what did not fit
             num_graphs = [len(runner.planner.names(bucket)) for bucket in runner.ladder]

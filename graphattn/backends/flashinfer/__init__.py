@@ -1,4 +1,4 @@
-"""FlashInfer's paged kernels: tensor-core decode inside CUDA graphs, ragged prefill outside them."""
+"""FlashInfer's paged kernels: tensor-core decode inside CUDA graphs, and ragged prefill there and outside them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import torch
 
 from ...errors import BackendError
+from ...padded import PaddedBatch
 from ...spec import AttentionSpec, CacheSpec
 from ...state import StepState
 from ..base import Plan, PrefillPlan, fp8_rejections
@@ -68,6 +69,11 @@ class FlashInferBackend:
         from .prefill import RaggedPlan
 
         return RaggedPlan(self._group, self._spec, self._cache, self._prefill_workspace, kernel, max_tokens)
+
+    def padded_plan(self, padded: PaddedBatch, kernel: str = "auto") -> Plan:
+        from .padded import PaddedPlan
+
+        return PaddedPlan(self._group, self._spec, self._cache, padded, self._prefill_workspace, kernel)
 
     @property
     def num_bytes(self) -> int:

@@ -145,8 +145,8 @@ class LevelPlan(PagedPlan):
         if all(map(np.array_equal, wanted, self._planned)):
             return
         self._planned = (np.empty(0), np.empty(0))  # if planning is interrupted, the work list may be neither plan's
-        with self._fence, torch.cuda.device(self._wrapper.device):
-            private.replan_prefill(self._wrapper, *self._host(*wanted), self._spec, self._page_size)
+        with self._fence:
+            private.replan_prefill(self._wrapper, *self._host(*wanted), self._spec, self._page_size, causal=False)
         self._planned = wanted
 
     def state(self, q_BHD: Tensor, pages: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -33,38 +33,45 @@ def plan_info(wrapper) -> tuple[int, ...]:
 
 
 def replan_prefill(
-    wrapper, qo_indptr_S1: Tensor, kv_indptr_S1: Tensor, kv_lens_S: Tensor, spec: AttentionSpec, page_size: int
+    wrapper,
+    qo_indptr_S1: Tensor,
+    kv_indptr_S1: Tensor,
+    kv_lens_S: Tensor,
+    spec: AttentionSpec,
+    page_size: int,
+    *,
+    causal: bool,
 ) -> None:
-    """Splits the work of a captured fa2 prefill, not causal, anew; its `plan` does too, and writes the page tables.
+    """Splits the work of a captured prefill anew; its `plan` does too, and writes the page tables.
 
     Args:
         wrapper: planned once by `plan`, for as many slots and at least as many queries.
         qo_indptr_S1, kv_indptr_S1: queries and pages of each slot, int32 on the host.
         kv_lens_S: tokens of those pages, likewise.
         spec, page_size: as in that plan.
+        causal: likewise.
     """
-    wrapper._plan_info = wrapper._cached_module.plan(
-        wrapper._float_workspace_buffer,
-        wrapper._int_workspace_buffer,
-        wrapper._pin_memory_int_workspace_buffer,
-        qo_indptr_S1,
-        kv_indptr_S1,
-        kv_lens_S,
-        wrapper._max_total_num_rows,
-        len(kv_lens_S),
-        spec.num_heads,
-        spec.num_kv_heads,
-        page_size,
-        True,  # in a CUDA graph
-        spec.head_dim,
-        spec.head_dim,
-        False,  # causal
-        -1,  # window_left
-        -1,  # fixed_split_size
-        False,  # disable_split_kv
-        0,  # num_colocated_ctas
-        0,  # uniform_q_len
-    )
+    of_fa2 = (-1, False, 0, 0)  # fixed_split_size, disable_split_kv, num_colocated_ctas, uniform_q_len
+    with torch.cuda.device(wrapper.device):
+        wrapper._plan_info = wrapper._cached_module.plan(
+            wrapper._float_workspace_buffer,
+            wrapper._int_workspace_buffer,
+            wrapper._pin_memory_int_workspace_buffer,
+            qo_indptr_S1,
+            kv_indptr_S1,
+            kv_lens_S,
+            wrapper._max_total_num_rows,
+            len(kv_lens_S),
+            spec.num_heads,
+            spec.num_kv_heads,
+            page_size,
+            True,  # in a CUDA graph
+            spec.head_dim,
+            spec.head_dim,
+            causal,
+            -1 if spec.window is None else spec.window - 1,  # window_left
+            *(of_fa2 if wrapper._backend == "fa2" else ()),
+        )
 
 
 def why_no_fa3(spec: AttentionSpec, cache: CacheSpec) -> str | None:

@@ -156,7 +156,11 @@ def check_start(document: dict) -> None:
 
 def check_prefill(document: dict) -> None:
     found = document["rows"]
-    assert [(row["prompt_tokens"], row["max_prefill_tokens"]) for row in found["alone"]] == [(64, 64), (90, 64)]
+    assert [(row["prompt_tokens"], row["max_prefill_tokens"]) for row in found["alone"]] == [
+        (16, 64),
+        (64, 64),
+        (90, 64),
+    ]
     assert [row["max_prefill_tokens"] for row in found["beside"]] == [64, 32]
     assert all(0 < row["gap_ms"]["p50"] <= row["gap_ms"]["p99"] <= row["gap_ms"]["max"] for row in found["beside"])
 

@@ -125,7 +125,8 @@ def test_the_smallest_bucket_that_has_tokens_and_rows_and_none_beyond() -> None:
         assert run.counts == {}
         llm.generate(prompts([10], seed=1), GREEDY)
         assert run.counts == {"eager": 1}
-        assert "prefill     eager at 16, 64, 160 tokens (1 eager), others without CUDA graphs" in llm.explain()
+        steps = "(0 replayed, 1 eager, 0 stopped by the guard)"
+        assert f"prefill     eager at 16, 64, 160 tokens {steps}, others without CUDA graphs" in llm.explain()
 
 
 def test_none_on_a_cpu_unless_asked_for() -> None:

@@ -47,7 +47,7 @@ def _prefill(executor: Executor) -> str:
     if not run.buckets:
         return "no CUDA graphs"
     mode = "captured at" if executor.runner.uses_graphs else "eager at"
-    steps = ", ".join(f"{count} {how}" for how, count in run.counts.items()) or "none yet"
+    steps = f"{run.counts['replay']} replayed, {run.counts['eager']} eager, {run.counts['guard']} stopped by the guard"
     return f"{mode} {', '.join(map(str, run.buckets))} tokens ({steps}), others without CUDA graphs"
 
 

@@ -15,6 +15,7 @@ from .rows import prompts, tokens_each
 from .timing import quantile, spread
 
 REPEATS = 5
+PROMPTS = (16, 128, 512, 2048)  # tokens of prompts that are timed alone, beside a full step and the long one
 CALM_STEPS = 16  # steps timed before the prompt comes
 
 
@@ -101,16 +102,15 @@ def beside(llm: LLM, load: Load, budget: int) -> dict:
 
 
 def measure(model: torch.nn.Module, load: Load, step_tokens: int, budgets: list[int], options: dict) -> dict:
-    """Both parts, each budget in an engine of its own; `alone` runs in one step of `step_tokens`, and in chunks."""
+    """Both parts, each budget in an engine of its own; `alone` runs in one step up to `step_tokens`, and in chunks."""
     found: dict = {"alone": [], "beside": []}
     sizes = {"max_batch": load.decoding + 1, "buckets": [load.decoding, load.decoding + 1], "prefix_cache": False}
     for budget in budgets:
         limit = max(load.max_len(budget), step_tokens + 8)
         with LLM(model, max_seq_len=limit, max_prefill_tokens=budget, **sizes, **options) as llm:
             if budget == budgets[0]:
-                found["alone"] = [
-                    alone(llm, tokens) | {"max_prefill_tokens": budget} for tokens in (step_tokens, load.prompt)
-                ]
+                sizes_alone = [*(tokens for tokens in PROMPTS if tokens < step_tokens), step_tokens, load.prompt]
+                found["alone"] = [alone(llm, tokens) | {"max_prefill_tokens": budget} for tokens in sizes_alone]
                 found["explain"] = llm.explain().splitlines()
             alone(llm, min(load.prompt, budget))  # so that no kernel of this chunk size is first met while timed
             found["beside"].append(beside(llm, load, budget))

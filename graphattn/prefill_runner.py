@@ -194,7 +194,7 @@ class PrefillRunner:
             vars(self).pop(name, None)
 
     def _rows(self, num_tokens: int) -> int:
-        return min(self._max_batch, max(2, num_tokens // TOKENS_A_ROW))
+        return min(self._max_batch, num_tokens, max(2, num_tokens // TOKENS_A_ROW))
 
     def _prepared(self, num_tokens: int) -> _Bucket:
         planner = self._planner

@@ -18,6 +18,7 @@ from tiny import tiny
 
 from graphattn import LLM, SamplingParams
 from graphattn.batch import ragged_batch
+from graphattn.engine.executor import weights_of_token
 from graphattn.errors import BucketError, DeviceMemoryError, InvalidArgumentError
 from graphattn.pages import NULL_PAGE
 from graphattn.plan import Planner
@@ -127,6 +128,26 @@ def test_the_smallest_bucket_that_has_tokens_and_rows_and_none_beyond() -> None:
         assert run.counts == {"eager": 1}
         steps = "(0 replayed, 1 eager, 0 stopped by the guard)"
         assert f"prefill     eager at 16, 64, 160 tokens {steps}, others without CUDA graphs" in llm.explain()
+
+
+def test_of_experts_those_that_a_token_has_count() -> None:
+    model = grouped("gpt_oss")
+    experts = [weight for weight in model.parameters() if weight.dim() == 3]
+    others = sum(weight.numel() for weight in model.parameters() if weight.dim() != 3)
+    assert len(experts) == 2 * 4 and all(len(weight) == 4 for weight in experts)
+    embedded = model.get_input_embeddings().weight.numel()
+    assert weights_of_token(model) == others - embedded + sum(weight.numel() for weight in experts) // 2
+    assert weights_of_token(tiny("llama")) == sum(
+        weight.numel() for name, weight in tiny("llama").named_parameters() if "embed_tokens" not in name
+    )
+
+
+@pytest.mark.parametrize("buckets", [(1,), (2, 3), (5, 5)])
+@pytest.mark.parametrize("max_batch", [1, 4])
+def test_buckets_of_next_to_nothing(buckets: tuple[int, ...], max_batch: int) -> None:
+    with LLM(tiny("llama"), max_batch=max_batch, num_pages=60, prefill_buckets=buckets) as llm:
+        assert llm._executor.prefill_runner.buckets == tuple(sorted({*buckets}))
+        llm.generate(prompts([2, 3, 5]), GREEDY)
 
 
 def test_none_on_a_cpu_unless_asked_for() -> None:

@@ -9,7 +9,7 @@ from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..batch import Batch, ragged_batch
 from ..buckets import BucketLadder
@@ -289,9 +289,7 @@ class Executor:
         """What suits the model and steps of so many tokens, where prefill can be captured, and now."""
         if self.device.type != "cuda" or self.is_lazy or self.backend == "reference":
             return ()
-        embedded = self.model.get_input_embeddings().weight.numel()
-        num_weights = sum(weight.numel() for weight in self.model.parameters()) - embedded
-        return default_buckets(longest, num_weights)
+        return default_buckets(longest, weights_of_token(self.model))
 
     def _warm_up(self, num_tokens: int) -> None:
         """Draws, and a prefill of that many tokens on the null page: kernels are compiled at their first call, which
@@ -332,3 +330,15 @@ class Executor:
         for row, request in enumerate(requests):
             request.draw(first + row)
         return flight
+
+
+def weights_of_token(model: nn.Module) -> int:
+    """Weights that a token is multiplied with: all but the embedding, and of experts, which lie in one tensor of three
+    dimensions, those of as many as a token has."""
+    config = model.config.get_text_config()
+    chosen = getattr(config, "num_experts_per_tok", None)
+    sizes = [
+        weight.numel() * min(chosen, len(weight)) // len(weight) if chosen and weight.dim() == 3 else weight.numel()
+        for weight in model.parameters()
+    ]
+    return sum(sizes) - model.get_input_embeddings().weight.numel()

@@ -54,9 +54,20 @@ class Capture:
 
 
 def capture_graph(
-    step: Callable[[], None], *, bucket: int, pool: tuple[int, int], stream: torch.cuda.Stream, device: torch.device
+    step: Callable[[], None],
+    name: str,
+    *,
+    instead: str = "pass enforce_eager=True",
+    pool: tuple[int, int],
+    stream: torch.cuda.Stream,
+    device: torch.device,
 ) -> tuple[torch.cuda.CUDAGraph, dict[str, int | None]]:
     """Captures one call of `step`, which has run on the stream before; returns the graph and the bytes it took.
+
+    Args:
+        step: called once.
+        name, instead: what it is and what to do without, for the error.
+        pool, stream, device: where.
 
     Raises:
         CaptureError: it waits for the device, or memory does not hold the graph.
@@ -79,8 +90,8 @@ def capture_graph(
         except Exception as error:
             reason = reason or f"{type(error).__name__}: {error}"
             raise CaptureError(
-                f"the step at bucket {bucket} runs but cannot be captured ({reason}): it must "
-                "not wait for the device (.item(), .cpu(), printing a tensor), or pass enforce_eager=True"
+                f"{name} runs but cannot be captured ({reason}): it must not wait for the device (.item(), .cpu(), "
+                f"printing a tensor), or {instead}"
             ) from error
         finally:
             torch._C._cuda_clearCublasWorkspaces()

@@ -49,7 +49,7 @@ class PaddedBatch:
         num_groups: int,
         device: torch.device | str,
     ):
-        self.num_tokens, self.num_rows, self.page_size = num_tokens, num_rows, page_size
+        self.num_tokens, self.num_rows, self.page_size, self._max_pages = num_tokens, num_rows, page_size, max_pages
         with_padding = num_rows + 1
         sizes = [2 * num_rows, *[num_tokens] * 4, with_padding + 1]
         sizes += [with_padding + 1, with_padding] * num_groups
@@ -93,6 +93,10 @@ class PaddedBatch:
                 f"{self.num_tokens - count} tokens in {len(token_ids)} rows: the batch has {self.num_tokens} tokens in "
                 f"{self.num_rows} rows at most, give fewer or make a larger one"
             )
+        if len(last) > self.num_rows or not all(0 <= token < self.num_tokens - count for token in last):
+            raise InvalidArgumentError(
+                f"last={list(last)}: they are among {self.num_tokens - count} tokens, {self.num_rows} of them at most"
+            )
         if count:
             token_ids, starts = [*token_ids, [0] * count], [*starts, 0]
             lengths = None if lengths is None else [*lengths, count]
@@ -101,6 +105,9 @@ class PaddedBatch:
         arrays = ragged_arrays(token_ids, starts, tables, page_size=self.page_size, lengths=lengths)
         if count:  # a position that every model has
             arrays.positions_N[-count:], arrays.lengths_N[-count:] = 0, 1
+        longest = self._max_pages * self.page_size
+        if (arrays.kv_lens_B[: len(arrays.kv_lens_B) - bool(count)] > longest).any():
+            raise InvalidArgumentError(f"rows of {arrays.kv_lens_B.tolist()} tokens: a row has {longest} at most")
         missing = self.num_rows + 1 - len(arrays.kv_lens_B)
         asked_R = np.zeros(self.num_rows, dtype=np.int64)
         asked_R[: len(last)] = last

@@ -24,12 +24,13 @@ from .shortage import first_line, is_out_of_memory
 from .spec import check_counts
 
 TOKENS_A_ROW = 32  # of a bucket; more rows take more of FlashInfer's workspace, and rows as short leave its tiles empty
-SIZES = (128, 256, 512, 1024, 2048, 4096, 8192)  # tokens; fewer take as long as 128
+SIZES = (128, 256, 512, 1024, 2048, 4096)  # tokens; fewer take as long as 128
 MOST_WORK = 2**42  # weights times tokens, from which on the device needs longer than the host to launch the layers
 
 
 def default_buckets(max_tokens: int, num_weights: int) -> tuple[int, ...]:
-    """Those of `SIZES`, and `max_tokens` itself, for which the host is what a prefill waits for.
+    """Those of `SIZES` for which the host is what a prefill waits for, and `max_tokens` itself, which chunks of a long
+    prompt have, up to twice the largest.
 
     Args:
         max_tokens: of a step.
@@ -39,8 +40,8 @@ def default_buckets(max_tokens: int, num_weights: int) -> tuple[int, ...]:
         >>> default_buckets(1000, 2**29), default_buckets(8192, 2**33)
         ((128, 256, 512, 1000), (128, 256, 512))
     """
-    most = min(SIZES[-1], MOST_WORK // max(1, num_weights))
-    return tuple(sorted({size for size in (*SIZES, max_tokens) if size <= min(most, max_tokens)}))
+    most = min(max_tokens, 2 * SIZES[-1], MOST_WORK // max(1, num_weights))
+    return tuple(sorted({size for size in (*SIZES, max_tokens) if size <= most}))
 
 
 @dataclass
@@ -64,8 +65,10 @@ class PrefillRunner:
         enforce_eager: never capture; nothing is captured on a CPU either.
 
     Attributes:
+        asked: the buckets, the largest first.
         pool: of the graphs, apart from the decode steps' so that what each takes is known; None without graphs.
-        counts: steps by how they ran: "replay", "eager", and "guard" (a plan that no longer matched its capture).
+        counts: steps by how they ran: "replay", "eager", and "guard" (a plan that no longer matched its capture; such a
+            step runs eagerly, and its bucket is not captured anew).
 
     Raises:
         BackendError: a CUDA graph was asked of a backend that cannot be captured.
@@ -85,7 +88,7 @@ class PrefillRunner:
     ):
         for bucket in buckets:
             check_counts(**{"a prefill bucket": bucket})
-        self._asked = sorted(set(buckets), reverse=True)
+        self.asked = tuple(sorted(set(buckets), reverse=True))
         self.counts: Counter[str] = Counter()
         self._step_fn, self._planner, self._kernel = step_fn, planner, kernel
         self._max_batch, self._max_pages = max_batch, -(-max_seq_len // planner.cache.page_size)
@@ -105,40 +108,51 @@ class PrefillRunner:
         return tuple(sorted(self._buckets))
 
     @property
-    def logits_bytes(self) -> int:
-        """Bytes of the logits that all buckets share."""
-        return self._outputs.num_bytes
+    def about(self) -> str:
+        """The buckets, and which kernels compute each."""
+        kernels = {size: {group.about for group in self._buckets[size].plan.groups} for size in self.buckets}
+        return ", ".join(f"{size} ({', '.join(sorted(names))})" for size, names in kernels.items())
 
     @property
-    def buffer_bytes(self) -> int:
-        """Bytes of the numbers that each bucket reads."""
-        return sum(bucket.padded.num_bytes for bucket in self._buckets.values())
+    def num_bytes(self) -> int:
+        """Bytes of the numbers that each bucket reads, and of the logits that all share."""
+        return self._outputs.num_bytes + sum(bucket.padded.num_bytes for bucket in self._buckets.values())
 
-    def capture(self) -> dict[int, str]:
+    def capture(self, progress: Callable[[int, int], None] | None = None) -> dict[int, str]:
         """Prepares the buckets, largest first so that smaller graphs fit in the pool it leaves.
+
+        Args:
+            progress: called as `progress(done, total)` after each.
 
         Returns:
             Those that memory does not hold, and what it said.
         """
         failed: dict[int, str] = {}
-        for num_tokens in self._asked:
+        for done, num_tokens in enumerate(self.asked, start=1):
             try:
                 self._buckets[num_tokens] = self._prepared(num_tokens)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 failed[num_tokens] = first_line(error)
-            else:
+            if progress is not None:
+                progress(done, len(self.asked))
+            if num_tokens not in failed:
                 continue
+            if not self._buckets:
+                self._outputs.clear()  # they have the rows of the largest bucket
             gc.collect()  # of what the failed step's frames held
             if self._stream is not None:
                 torch.cuda.empty_cache()
         return failed
 
     def pick(self, num_tokens: int, num_rows: int) -> int | None:
-        """The smallest bucket that holds so many tokens in so many rows; None if none does."""
+        """The smallest bucket that holds so many tokens in so many rows; None if none does, or one beyond `SIZES` that
+        they would leave a quarter of empty."""
         fitting = (size for size in self._buckets if size >= num_tokens and self._rows(size) >= num_rows)
-        return min(fitting, default=None)
+        bucket = min(fitting, default=None)
+        is_wasteful = bucket is not None and bucket > SIZES[-1] and 4 * num_tokens <= 3 * bucket
+        return None if is_wasteful else bucket
 
     def run(
         self,
@@ -185,7 +199,7 @@ class PrefillRunner:
         return self._outputs.rows(len(last))
 
     def close(self) -> None:
-        """Frees the graphs and lets go of every buffer; nothing can be run any more."""
+        """Frees the graphs and lets go of every buffer; nothing can be run any more, and no bucket is picked."""
         if self._stream is not None and self._buckets:
             torch.cuda.synchronize(self._planner.device)  # a replay may still run on what is freed here
         self._buckets.clear()
@@ -235,7 +249,8 @@ class PrefillRunner:
             current.wait_stream(self._stream)  # what was launched reads buffers that the next step writes
         prepared.graph, _ = capture_graph(
             lambda: self._call(prepared),
-            bucket=prepared.padded.num_tokens,
+            f"a prefill of {prepared.padded.num_tokens} tokens",
+            instead="name no prefill bucket (LLM: prefill_buckets=())",
             pool=self.pool,
             stream=self._stream,
             device=device,

@@ -343,8 +343,7 @@ class DecodeRunner:
                     self._call(prepared)
             finally:
                 current.wait_stream(self._stream)  # what was launched writes buffers that the next step reads
-        graph, bytes_taken = capture_graph(
-            lambda: self._call(prepared), bucket=bucket, pool=self.pool, stream=self._stream, device=device
-        )
+        name, where = f"the step at bucket {bucket}", {"stream": self._stream, "device": device}
+        graph, bytes_taken = capture_graph(lambda: self._call(prepared), name, pool=self.pool, **where)
         prepared.graph, prepared.signature = graph, prepared.plan.signature
         return bytes_taken

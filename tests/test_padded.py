@@ -49,7 +49,8 @@ def test_the_rows_come_first_then_one_of_padding_then_empty_ones(data, num_group
     """Over buffers that another batch has been in before."""
     sizes = {"max_pages": MAX_PAGES, "page_size": page_size, "num_groups": num_groups}
     padded = PaddedBatch(NUM_TOKENS, NUM_ROWS, device="cpu", **sizes)
-    padded.fill(**data.draw(ragged_rows(num_groups, page_size)), last=[3])
+    before = data.draw(ragged_rows(num_groups, page_size))
+    padded.fill(**before, last=[len(ids) - 1 for ids in before["token_ids"][:1]])
     rows = data.draw(ragged_rows(num_groups, page_size))
     count, num_rows, last = sum(map(len, rows["token_ids"])), len(rows["token_ids"]), list(range(len(rows["starts"])))
     batch = padded.fill(**rows, last=last)
@@ -98,13 +99,22 @@ def test_the_buffers_stay_where_they_are_and_each_begins_on_16_bytes() -> None:
     assert sum(part.nbytes for part in parts) <= padded.num_bytes
 
 
-def test_what_does_not_fit_or_is_no_batch_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("rows", "last", "words"),
+    [
+        (([[1, 2]], [3], [[[1]]]), [1], "row 0: 5 tokens need 2 pages"),
+        (([[1] * 9], [0], [[[1, 2, 3]]]), [], "9 tokens in 1 rows: the batch has 8 tokens in 2 rows at most"),
+        (([[1]] * 3, [0] * 3, [[[1]] * 3]), [], "3 tokens in 3 rows"),
+        (([[1, 2]], [19], [[[1] * 6]]), [], r"rows of \[21, 6\] tokens: a row has 20 at most"),
+        (([[1, 2]], [3], [[[1, 2]]]), [2], r"last=\[2\]: they are among 2 tokens, 2 of them at most"),
+        (([[1, 2]], [3], [[[1, 2]]]), [-1], r"last=\[-1\]: they are among 2 tokens"),
+        (([[1, 2, 3]], [3], [[[1, 2]]]), [0, 1, 2], r"last=\[0, 1, 2\]: they are among 3 tokens, 2 of them at most"),
+    ],
+)
+def test_what_does_not_fit_or_is_no_batch_is_refused(rows: tuple, last: list[int], words: str) -> None:
     padded = PaddedBatch(8, 2, max_pages=5, page_size=4, num_groups=1, device="cpu")
-    with pytest.raises(InvalidArgumentError, match="row 0: 5 tokens need 2 pages"):
-        padded.fill([[1, 2]], [3], [[[1]]], [1])
-    for rows in (([[1] * 9], [0], [[[1, 2, 3]]]), ([[1]] * 3, [0] * 3, [[[1]] * 3])):
-        with pytest.raises(InvalidArgumentError, match=r"9 tokens in 1 rows|3 tokens in 3 rows"):
-            padded.fill(*rows, [])
+    with pytest.raises(InvalidArgumentError, match=words):
+        padded.fill(*rows, last)
 
 
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=64)

@@ -18,11 +18,11 @@ from tiny import tiny
 
 from graphattn import LLM, SamplingParams
 from graphattn.batch import ragged_batch
-from graphattn.engine.executor import weights_of_token
+from graphattn.engine.executor import Executor
+from graphattn.engine.sizing import weights_of_token
 from graphattn.errors import BucketError, DeviceMemoryError, InvalidArgumentError
 from graphattn.pages import NULL_PAGE
-from graphattn.plan import Planner
-from graphattn.prefill_runner import MOST_WORK, SIZES, TOKENS_A_ROW, default_buckets
+from graphattn.prefill_runner import MOST_WORK, SIZES, TOKENS_A_ROW, PrefillRunner, default_buckets
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=2)
 
@@ -49,7 +49,7 @@ def test_default_buckets(max_tokens: int, num_weights: int) -> None:
     buckets = default_buckets(max_tokens, num_weights)
     assert list(buckets) == sorted(set(buckets)) and set(buckets) <= {*SIZES, max_tokens}
     assert all(size <= max_tokens and size * num_weights <= MOST_WORK for size in buckets)
-    if max_tokens <= SIZES[-1] and max_tokens * num_weights <= MOST_WORK:
+    if max_tokens <= 2 * SIZES[-1] and max_tokens * num_weights <= MOST_WORK:
         assert buckets[-1] == max_tokens  # what steps of a long prompt have
 
 
@@ -75,7 +75,7 @@ def test_padded_prefills_compute_what_others_do(name: str) -> None:
     padded_tokens, padded_logprobs, about = generated(MODELS[name](), counts, prefill_buckets=[16, 64, 100])
     assert padded_tokens == tokens
     assert (padded_logprobs - logprobs).abs().max() < 1e-6
-    assert "prefill     eager at 16, 64, 100 tokens (" in about
+    assert "prefill     eager at 16 (plain torch), 64 (plain torch), 100 (plain torch) tokens, 0 replayed" in about
 
 
 @pytest.mark.inductor
@@ -126,8 +126,9 @@ def test_the_smallest_bucket_that_has_tokens_and_rows_and_none_beyond() -> None:
         assert run.counts == {}
         llm.generate(prompts([10], seed=1), GREEDY)
         assert run.counts == {"eager": 1}
-        steps = "(0 replayed, 1 eager, 0 stopped by the guard)"
-        assert f"prefill     eager at 16, 64, 160 tokens {steps}, others without CUDA graphs" in llm.explain()
+        buckets = "16 (plain torch), 64 (plain torch), 160 (plain torch) tokens"
+        steps = "0 replayed, 1 eager, 0 stopped by the plan guard"
+        assert f"prefill     eager at {buckets}, {steps}; others unpadded, without CUDA graphs" in llm.explain()
 
 
 def test_of_experts_those_that_a_token_has_count() -> None:
@@ -171,29 +172,65 @@ def test_what_is_no_bucket_is_refused(buckets, words: str) -> None:
         LLM(tiny("llama"), num_pages=60, max_prefill_tokens=100, prefill_buckets=buckets)
 
 
-@pytest.mark.parametrize("mode", ["raise", "shrink"])
-def test_a_bucket_that_memory_does_not_hold(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is left out with an error or a warning; what there is serves on."""
-    make, model = Planner.padded, tiny("llama")
-    before = model.config._attn_implementation
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of the largest bucket that memory holds, until its step has run; `buckets` suit the model."""
+    make, held = PrefillRunner._eager, [50]
 
-    def padded(planner, batch, kernel="auto"):
-        if batch.num_tokens > 50:
+    def eager(runner, prepared):
+        logits = make(runner, prepared)
+        if runner._outputs and prepared.padded.num_tokens > held[0]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return make(planner, batch, kernel)
+        return logits
 
-    monkeypatch.setattr(Planner, "padded", padded)
-    options = {"num_pages": 60, "prefill_buckets": [16, 64, 128], "on_capture_oom": mode}
-    words = r"prefills of 128, 64 tokens could not be captured beside .* MiB of cache \(OutOfMemoryError: CUDA out"
-    if mode == "raise":
-        with pytest.raises(DeviceMemoryError, match=words):
-            LLM(model, **options)
-        assert model.config._attn_implementation == before
-        return
-    with pytest.warns(RuntimeWarning, match=words), LLM(model, **options) as llm:
-        assert llm._executor.prefill_runner.buckets == (16,)
+    monkeypatch.setattr(PrefillRunner, "_eager", eager)
+    monkeypatch.setattr(PrefillRunner, "_prepared", _prepared(PrefillRunner._prepared))
+    monkeypatch.setattr(Executor, "_suitable_prefill_buckets", lambda *args: (16, 64, 128))
+    return held
+
+
+def _prepared(make):
+    """On a CPU too the step runs once more, as if it were captured."""
+
+    def prepared(runner, num_tokens):
+        bucket = make(runner, num_tokens)
+        runner._call(bucket)
+        return bucket
+
+    return prepared
+
+
+WORDS = r"prefills of 128, 64 tokens could not be captured beside .* MiB of cache \(OutOfMemoryError: CUDA out"
+
+
+def test_buckets_asked_for_that_memory_does_not_hold(room: list[int]) -> None:
+    model = tiny("llama")
+    before = model.config._attn_implementation
+    with pytest.raises(DeviceMemoryError, match=WORDS):
+        LLM(model, num_pages=60, prefill_buckets=[16, 64, 128])
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("options", [{}, {"on_capture_oom": "shrink", "prefill_buckets": [16, 64, 128]}], ids=str)
+def test_buckets_that_memory_does_not_hold_are_left_out(room: list[int], options: dict) -> None:
+    with pytest.warns(RuntimeWarning, match=WORDS), LLM(tiny("llama"), num_pages=60, **options) as llm:
+        run = llm._executor.prefill_runner
+        assert run.buckets == (16,)
+        padded, logits = run._buckets[16].padded, 2 * 128 * 8
+        assert run.num_bytes == padded.num_bytes + logits  # and not those of the largest that was tried
         assert "left out    prefills of 128, 64 tokens" in llm.explain()
         assert len(llm.generate(prompts([10, 70]), GREEDY)) == 2
+    room[0] = 1
+    with pytest.warns(RuntimeWarning, match="prefills of 128, 64, 16 tokens"), LLM(tiny("llama"), num_pages=60) as llm:
+        assert llm._executor.prefill_runner.num_bytes == 0
+        assert "prefill     no CUDA graphs" in llm.explain()
+
+
+def test_progress_counts_prefills_too() -> None:
+    seen = []
+    options = {"max_batch": 4, "buckets": [1, 4], "num_pages": 60, "prefill_buckets": [16, 64, 128]}
+    with LLM(tiny("llama"), **options, progress=lambda *told: seen.append(told)):
+        assert [told for told in seen if told[0] == "capture"] == [("capture", done, 5) for done in range(1, 6)]
 
 
 def test_its_buffers_are_in_the_ledger_and_go_when_the_engine_does() -> None:
@@ -203,9 +240,18 @@ def test_its_buffers_are_in_the_ledger_and_go_when_the_engine_does() -> None:
             lines.append({line.name: line.bytes for line in llm.ledger().lines})
             run = llm._executor.prefill_runner
             if buckets:
-                assert run.buffer_bytes == lines[1]["step buffers"] - lines[0]["step buffers"] > 0
-                assert run.logits_bytes == lines[1]["logits"] - lines[0]["logits"] > 0
-    assert run.buffer_bytes == run.logits_bytes == 0
+                assert run.num_bytes == lines[1]["step buffers"] - lines[0]["step buffers"] > 0
+                assert lines[1]["logits"] == lines[0]["logits"]
+    assert run.num_bytes == 0 and run.pick(1, 1) is None
+
+
+def test_a_large_bucket_is_for_those_that_fill_it() -> None:
+    model = tiny("llama", max_position_embeddings=12000)
+    options = {"num_pages": 900, "max_prefill_tokens": 10000, "prefill_buckets": [2048, 4096, 8192, 10000]}
+    with LLM(model, max_batch=200, buckets=[1], **options) as llm:
+        run = llm._executor.prefill_runner
+        assert [run.pick(count, 1) for count in (2049, 4097, 6144, 6145, 8193)] == [4096, None, None, 8192, 10000]
+        assert [run.pick(100, rows) for rows in (64, 65, 129)] == [2048, 4096, None]
 
 
 @pytest.mark.gpu
@@ -251,6 +297,6 @@ def test_a_prompt_of_any_length_is_served_by_graphs_alone() -> None:
         assert run.counts == {"replay": 6}
         llm.generate(prompts([400, 300, 450], seed=9), GREEDY)  # in steps of 512
         assert run.counts["replay"] == run.counts.total() > 8
-        about = llm.explain()
-        assert "prefill     captured at 128, 256, 512 tokens (" in about
+        buckets = "captured at 128 (fa2), 256 (fa2), 512 (fa2) tokens"
+        assert f"prefill     {buckets}, {run.counts['replay']} replayed, 0 eager" in llm.explain()
         assert {"graph pool", "prefill graph pool"} <= {line.name for line in llm.ledger().lines}

@@ -69,10 +69,10 @@ class Plan(Protocol):
 
 
 class PrefillPlan(Plan, Protocol):
-    """A plan for ragged rows of any number of query tokens.
+    """A plan for ragged rows of any number of query tokens, or padded to one.
 
     Attributes:
-        about: which kernels compute it, how often each did, and why no others do.
+        about: which kernels compute it; of any number of tokens how often each did too, and why no others do.
     """
 
     @property
@@ -113,7 +113,7 @@ class Backend(Protocol):
         """
         ...
 
-    def padded_plan(self, padded: PaddedBatch, kernel: str = "auto") -> Plan:
+    def padded_plan(self, padded: PaddedBatch, kernel: str = "auto") -> PrefillPlan:
         """The plan of prefills that are padded to one number of tokens and rows, reading fixed-address buffers.
 
         Args:

@@ -73,7 +73,7 @@ class CascadeBackend:
     def prefill_plan(self, kernel: str = "auto", max_tokens: int = 0) -> PrefillPlan:
         return self._prefill.prefill_plan(kernel, max_tokens)
 
-    def padded_plan(self, padded: PaddedBatch, kernel: str = "auto") -> Plan:
+    def padded_plan(self, padded: PaddedBatch, kernel: str = "auto") -> PrefillPlan:
         return self._prefill.padded_plan(padded, kernel)
 
     @property

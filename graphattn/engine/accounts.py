@@ -12,9 +12,9 @@ from ..meters import Meters
 if TYPE_CHECKING:
     from .executor import Executor
 
-KERNELS, WORKSPACES = "graphs and kernels", "workspaces"
+KERNELS, WORKSPACES, PREFILL_POOL = "graphs and kernels", "workspaces", "prefill graph pool"
 # Lines that a start adds to, beside the cache.
-GROWING = (WORKSPACES, "step buffers", "logits", "graph pool", "prefill graph pool", KERNELS, CACHE, "other torch")
+GROWING = (WORKSPACES, "step buffers", "logits", "graph pool", PREFILL_POOL, KERNELS, CACHE, "other torch")
 
 
 def page_lines(caches: Sequence[KVCache]) -> dict[str, int]:
@@ -31,7 +31,7 @@ def page_lines(caches: Sequence[KVCache]) -> dict[str, int]:
 
 def engine_ledger(executor: Executor) -> Ledger:
     """Where the bytes of the device are, beside what the start was to take."""
-    pools = {"graph pool": executor.runner.pool, "prefill graph pool": executor.prefill_runner.pool}
+    pools = {"graph pool": executor.runner.pool, PREFILL_POOL: executor.prefill_runner.pool}
     forecast = executor.forecast
     options: dict = {}
     if _has_driver(executor):

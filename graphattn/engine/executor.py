@@ -9,7 +9,7 @@ from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..batch import Batch, ragged_batch
 from ..buckets import BucketLadder
@@ -39,6 +39,7 @@ from .placement import Placement
 from .request import Request
 from .scheduler import Chunk
 from .seats import seated
+from .sizing import weights_of_token
 from .step import ModelStep, most_likely
 
 DECODED, PREFILLED = 0, 1  # the rows of `StepState.drawn`
@@ -68,7 +69,8 @@ class Executor:
         self.num_layers, self.backend, self.cascade = len(binding.layers), backend, cascade
         self.is_lazy = capture == "lazy"
         self.prefill_kernel, self.max_prefill_tokens = prefill, max_prefill_tokens
-        self.prefill_buckets = prefill_buckets if prefill_buckets is None else tuple(prefill_buckets)
+        # None is what suits the model; nothing is captured later on its own, when memory may be gone.
+        self.prefill_buckets = () if prefill_buckets is None and self.is_lazy else prefill_buckets
         self._options = {"enforce_eager": enforce_eager, "capture": capture, "on_capture_oom": on_capture_oom}
         self.runner: DecodeRunner | None = None
         self.prefill_runner: PrefillRunner | None = None
@@ -107,7 +109,7 @@ class Executor:
         self.prefill_runner = PrefillRunner(
             self.step.logits,
             self.planner,
-            self._default_prefill_buckets(longest) if self.prefill_buckets is None else self.prefill_buckets,
+            self._suitable_prefill_buckets(longest) if self.prefill_buckets is None else self.prefill_buckets,
             max_batch=ladder.max,
             max_seq_len=max_seq_len,
             kernel=self.prefill_kernel,
@@ -141,7 +143,19 @@ class Executor:
             CaptureMemoryError: memory does not hold a bucket.
             DeviceMemoryError: it does not hold the longest prefill beside them.
         """
-        self.runner.capture(progress, max_buckets=max_buckets)
+        num_prefills, num_decodes = len(self.prefill_runner.asked), 0
+
+        def decodes(done: int, total: int) -> None:
+            nonlocal num_decodes
+            num_decodes = total
+            if progress is not None:
+                progress(done, total + num_prefills)
+
+        def prefills(done: int, total: int) -> None:
+            if progress is not None:
+                progress(num_decodes + done, num_decodes + total)
+
+        self.runner.capture(decodes, max_buckets=max_buckets)
         beside = f"beside {mib(self.cache_bytes)} MiB of cache"
         less = "give the cache less (kv_bytes, num_pages or memory_fraction)"
         if self.device.type == "cuda":
@@ -154,12 +168,12 @@ class Executor:
                     f"a prefill of {self.max_prefill_tokens} tokens does not fit {beside} ({first_line(error)}): lower "
                     f"max_prefill_tokens, or {less}"
                 ) from error
-        if failed := self.prefill_runner.capture():
+        if failed := self.prefill_runner.capture(prefills):
             text = (
                 f"prefills of {', '.join(map(str, failed))} tokens could not be captured {beside} "
                 f"({next(iter(failed.values()))}): name fewer in prefill_buckets, or {less}"
             )
-            if self._options["on_capture_oom"] == "raise":
+            if self.prefill_buckets is not None and self._options["on_capture_oom"] == "raise":
                 raise DeviceMemoryError(text)
             self.shortage, self.prefill_buckets = text, self.prefill_runner.buckets
             warnings.warn(text, RuntimeWarning, stacklevel=4)
@@ -275,8 +289,8 @@ class Executor:
             "weights": self.weight_bytes,
             **page_lines(self.caches),
             WORKSPACES: self.planner.num_bytes,
-            "step buffers": self.state.num_bytes + self._draws.num_bytes + self.prefill_runner.buffer_bytes,
-            "logits": self.runner.num_bytes + self.prefill_runner.logits_bytes,
+            "step buffers": self.state.num_bytes + self._draws.num_bytes + self.prefill_runner.num_bytes,
+            "logits": self.runner.num_bytes,
         }
 
     def close(self) -> None:
@@ -285,9 +299,9 @@ class Executor:
         self.binding.detach()
         del self.step, self._placement
 
-    def _default_prefill_buckets(self, longest: int) -> tuple[int, ...]:
-        """What suits the model and steps of so many tokens, where prefill can be captured, and now."""
-        if self.device.type != "cuda" or self.is_lazy or self.backend == "reference":
+    def _suitable_prefill_buckets(self, longest: int) -> tuple[int, ...]:
+        """What suits the model and steps of so many tokens, where prefill can be captured."""
+        if self.device.type != "cuda" or self.backend == "reference":
             return ()
         return default_buckets(longest, weights_of_token(self.model))
 
@@ -330,15 +344,3 @@ class Executor:
         for row, request in enumerate(requests):
             request.draw(first + row)
         return flight
-
-
-def weights_of_token(model: nn.Module) -> int:
-    """Weights that a token is multiplied with: all but the embedding, and of experts, which lie in one tensor of three
-    dimensions, those of as many as a token has."""
-    config = model.config.get_text_config()
-    chosen = getattr(config, "num_experts_per_tok", None)
-    sizes = [
-        weight.numel() * min(chosen, len(weight)) // len(weight) if chosen and weight.dim() == 3 else weight.numel()
-        for weight in model.parameters()
-    ]
-    return sum(sizes) - model.get_input_embeddings().weight.numel()

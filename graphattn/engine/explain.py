@@ -20,7 +20,7 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str
     )
     mode = "captured in CUDA graphs" if run.uses_graphs else "eager (no CUDA graphs)"
     compiled = f"compiled, {step.num_compiles} graphs" if step.compile else "not compiled"
-    shortage = run.shortage or executor.shortage
+    shortages = dict.fromkeys(text for text in (run.shortage, executor.shortage) if text is not None)
     return "\n".join(
         (
             f"decode      {mode}, {compiled}",
@@ -34,7 +34,7 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str
             f"buckets     {buckets}; {run.ladder.waste(run.rows):.0%} of the rows computed were padding",
             *_pages(pools, planner.cache, max_seq_len),
             f"memory      {how}",
-            *(() if shortage is None else (f"left out    {shortage}",)),
+            *(f"left out    {text}" for text in shortages),
             f"steps       {counts['replay']} replayed, {counts['eager']} eager, {counts['guard']} stopped by the plan "
             f"guard; {scheduler.num_preemptions} preemptions, {pools.pools[0].num_hits} tokens from the prefix cache",
         )
@@ -47,8 +47,9 @@ def _prefill(executor: Executor) -> str:
     if not run.buckets:
         return "no CUDA graphs"
     mode = "captured at" if executor.runner.uses_graphs else "eager at"
-    steps = f"{run.counts['replay']} replayed, {run.counts['eager']} eager, {run.counts['guard']} stopped by the guard"
-    return f"{mode} {', '.join(map(str, run.buckets))} tokens ({steps}), others without CUDA graphs"
+    counts = run.counts
+    steps = f"{counts['replay']} replayed, {counts['eager']} eager, {counts['guard']} stopped by the plan guard"
+    return f"{mode} {run.about} tokens, {steps}; others unpadded, without CUDA graphs"
 
 
 def _bucket(executor: Executor, bucket: int, backend: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from ..errors import DeviceMemoryError, InvalidArgumentError, OutOfPagesError
 from ..groups import row_limit, row_pages
@@ -252,3 +253,15 @@ def check_room(sizing: Sizing, num_pages: int, max_seq_len: int) -> None:
             f"max_seq_len={max_seq_len} needs {needed} pages, the cache has {usable} (page_size={size}): "
             "lower max_seq_len or give the cache more"
         )
+
+
+def weights_of_token(model: nn.Module) -> int:
+    """Weights that a token is multiplied with: all but the embedding, and of experts, which lie in one tensor of three
+    dimensions, those of as many as a token has."""
+    config = model.config.get_text_config()
+    chosen = getattr(config, "num_experts_per_tok", None)
+    sizes = [
+        weight.numel() * min(chosen, len(weight)) // len(weight) if chosen and weight.dim() == 3 else weight.numel()
+        for weight in model.parameters()
+    ]
+    return sum(sizes) - model.get_input_embeddings().weight.numel()

@@ -13,7 +13,7 @@ from ..errors import DeviceMemoryError
 from ..ledger import CACHE, Ledger, mib
 from ..profile import CaptureProfile, StartCosts
 from ..shortage import first_line, is_out_of_memory
-from .accounts import KERNELS, base_ledger, growth
+from .accounts import KERNELS, PREFILL_POOL, base_ledger, growth
 from .executor import Executor
 from .forecast import Costs, Forecast, stored_costs, unused_bytes
 from .sizing import Sizing, check_room, room
@@ -118,9 +118,16 @@ class Start:
         """What the profile has on a start like this one; None if it has nothing, or of another."""
         if self._profile is None or not self._sizing.ask.is_share:
             return None
-        stored = stored_costs(self._profile, self._settings())
+        settings = self._settings()
+        stored = stored_costs(self._profile, settings)
+        if stored is None and settings["prefill_buckets"] == "":
+            # Of what a start with captured prefills took, this one takes less.
+            stored = stored_costs(self._profile, settings | {"prefill_buckets": "auto"})
         if stored is None:
             return None
+        grown = dict(stored.growth)
+        if settings["prefill_buckets"] == "":
+            grown.pop(PREFILL_POOL, None)
         now, later = [], []
         for each in self._profile.buckets:
             if each.bucket in self._ladder:
@@ -131,7 +138,7 @@ class Start:
         taken = {"graph pool": sum(b.pool_bytes for b in now), KERNELS: stored.growth.get(KERNELS, 0) - others}
         taken[CACHE] = max(0, stored.growth.get(CACHE, 0) - base.size_of(CACHE))  # what lies unused serves as well
         costs = Costs(
-            growth=stored.growth | {name: size for name, size in taken.items() if name in stored.growth},
+            growth=grown | {name: size for name, size in taken.items() if name in grown},
             later=sum(each.pool_bytes + each.driver_bytes for each in later),
             source="as the capture profile has it",
         )
@@ -144,7 +151,7 @@ class Start:
             self._lay_out_smallest(base)
             executor.capture(partial(self._progress, "measure"), max_buckets=2 if executor.is_lazy else None)
             grown, captures, runner = growth(executor, base), executor.runner.captures, executor.runner
-            self._ladder, executor.shortage = runner.ladder, runner.shortage or executor.shortage
+            self._ladder, executor.shortage = runner.ladder, _joined(runner.shortage, executor.shortage)
             if runner.planner.table is not None:
                 executor.backend = runner.planner.table  # without what did not fit
             num_graphs = [len(runner.planner.names(bucket)) for bucket in runner.ladder]
@@ -218,3 +225,7 @@ class Start:
         if costs is None:
             return f"{text}; nothing but the cache is reserved"
         return f"{text}, {mib(costs.num_bytes)} MiB are for all but the cache, {costs.source}"
+
+
+def _joined(*texts: str | None) -> str | None:
+    return "; ".join(dict.fromkeys(filter(None, texts))) or None

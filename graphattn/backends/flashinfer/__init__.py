@@ -70,7 +70,7 @@ class FlashInferBackend:
 
         return RaggedPlan(self._group, self._spec, self._cache, self._prefill_workspace, kernel, max_tokens)
 
-    def padded_plan(self, padded: PaddedBatch, kernel: str = "auto") -> Plan:
+    def padded_plan(self, padded: PaddedBatch, kernel: str = "auto") -> PrefillPlan:
         from .padded import PaddedPlan
 
         return PaddedPlan(self._group, self._spec, self._cache, padded, self._prefill_workspace, kernel)

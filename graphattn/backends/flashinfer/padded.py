@@ -40,7 +40,8 @@ class PaddedPlan(PagedPlan):
         num_processors = torch.cuda.get_device_properties(workspace.device).multi_processor_count
         num_tokens, csr = padded.num_tokens, padded.groups[group]
         kernels, _ = fa3.kernels_for(kernel, spec, cache, workspace.device, num_processors, num_tokens)
-        private.load(kernels[-1], spec, cache)
+        self.about = kernels[-1]
+        private.load(self.about, spec, cache)
         wrapper = BatchPrefillWithPagedKVCacheWrapper(
             workspace.placeholder(),
             cache.layout,
@@ -49,11 +50,11 @@ class PaddedPlan(PagedPlan):
             paged_kv_indptr_buf=csr.indptr_B1,
             paged_kv_indices_buf=csr.indices_P,
             paged_kv_last_page_len_buf=csr.last_page_len_B,
-            backend=kernels[-1],
+            backend=self.about,
         )
         super().__init__(group, spec, cache, wrapper)
         options, rows = {**self._options, "causal": True}, self._one_row(num_tokens, len(csr.last_page_len_B))
-        if kernels[-1] == "fa3":
+        if self.about == "fa3":
             sizes = (0, fa3.padded_plan_bytes(spec, num_processors, num_tokens, len(csr.last_page_len_B)))
         else:
             sizes = wrapper.workspace_size(*rows, *self._shape, **options)

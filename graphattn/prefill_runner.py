@@ -29,8 +29,8 @@ MOST_WORK = 2**42  # weights times tokens, from which on the device needs longer
 
 
 def default_buckets(max_tokens: int, num_weights: int) -> tuple[int, ...]:
-    """Those of `SIZES` for which the host is what a prefill waits for, and `max_tokens` itself, which chunks of a long
-    prompt have, up to twice the largest.
+    """Those of `SIZES` for which the host is what a prefill waits for, and `max_tokens`, which chunks of a long prompt
+    have, if it is no larger.
 
     Args:
         max_tokens: of a step.
@@ -40,7 +40,7 @@ def default_buckets(max_tokens: int, num_weights: int) -> tuple[int, ...]:
         >>> default_buckets(1000, 2**29), default_buckets(8192, 2**33)
         ((128, 256, 512, 1000), (128, 256, 512))
     """
-    most = min(max_tokens, 2 * SIZES[-1], MOST_WORK // max(1, num_weights))
+    most = min(max_tokens, SIZES[-1], MOST_WORK // max(1, num_weights))
     return tuple(sorted({size for size in (*SIZES, max_tokens) if size <= most}))
 
 
@@ -147,12 +147,9 @@ class PrefillRunner:
         return failed
 
     def pick(self, num_tokens: int, num_rows: int) -> int | None:
-        """The smallest bucket that holds so many tokens in so many rows; None if none does, or one beyond `SIZES` that
-        they would leave a quarter of empty."""
+        """The smallest bucket that holds so many tokens in so many rows; None if none does."""
         fitting = (size for size in self._buckets if size >= num_tokens and self._rows(size) >= num_rows)
-        bucket = min(fitting, default=None)
-        is_wasteful = bucket is not None and bucket > SIZES[-1] and 4 * num_tokens <= 3 * bucket
-        return None if is_wasteful else bucket
+        return min(fitting, default=None)
 
     def run(
         self,
@@ -238,17 +235,28 @@ class PrefillRunner:
         self._outputs.copy_(self._eager(prepared), prepared.padded.num_rows)
 
     def _capture_graph(self, prepared: _Bucket) -> None:
-        device = self._planner.device
+        device, is_first = self._planner.device, not self._buckets
         # On the capture stream: compilation and lazily loaded kernels must not be captured.
         current = torch.cuda.current_stream(device)
         self._stream.wait_stream(current)
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         try:
             with torch.cuda.stream(self._stream):
                 self._call(prepared)
         finally:
             current.wait_stream(self._stream)  # what was launched reads buffers that the next step writes
+        needed = torch.cuda.max_memory_allocated(device) - held
+
+        def step() -> None:
+            if is_first:
+                # A piece of which all others are cut: how many are taken instead depends on where they happen to lie,
+                # and what a first capture took would not tell what the next will take.
+                torch.empty(needed * 5 // 4, dtype=torch.uint8, device=device)
+            self._call(prepared)
+
         prepared.graph, _ = capture_graph(
-            lambda: self._call(prepared),
+            step,
             f"a prefill of {prepared.padded.num_tokens} tokens",
             instead="name no prefill bucket (LLM: prefill_buckets=())",
             pool=self.pool,

@@ -22,10 +22,11 @@ def code(page: str) -> list[str]:
 
 def engine_page(device: str, dtype: torch.dtype) -> tuple[dict, list[list[int]]]:
     """The page's names after its code ran, its model in another place or dtype if asked."""
-    blocks = code("engine.md")
-    last = blocks[-1].replace("Model().eval()", f"Model().eval().to({device!r}, {dtype})")
+    made, moved = "Model().eval()", f"Model().eval().to({device!r}, {dtype})"
+    page = "\n".join(code("engine.md"))
+    assert page.count(made) == 1
     names: dict = {}
-    exec("\n".join([*blocks[:-1], last]), names)
+    exec(page.replace(made, moved), names)
     return names, names["answers"]
 
 

@@ -123,6 +123,15 @@ def test_private_pools_are_known_by_their_id() -> None:
                 assert not is_off(capture.nvml_bytes, capture.pool_bytes + capture.driver_bytes)
 
 
+def test_captured_prefills_take_the_same_each_time() -> None:
+    model, taken = wide(), []
+    for _ in range(3):
+        with LLM(model, max_batch=64, max_seq_len=1024, num_pages=2000, compile=False) as llm:
+            taken.append(llm.ledger().size_of("prefill graph pool"))
+            taken.append(torch.empty(len(taken) * 3 * MIB, dtype=torch.uint8, device="cuda"))  # other addresses
+    assert taken[0] == taken[2] == taken[4] > 0
+
+
 def test_beside_another_process_that_holds_half(watched: memory.Watch) -> None:
     model = wide()
     options = {"max_batch": 16, "compile": False, "capture": "lazy"}

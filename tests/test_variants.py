@@ -215,13 +215,13 @@ def test_fullgraph_and_opcheck() -> None:
 
 def engine_with_sinks(device: str, dtype: torch.dtype) -> dict:
     """The engine of docs/engine.md, the layers of its model with sinks of their own; its names after it ran."""
-    blocks = code("engine.md")
+    page = "\n".join(code("engine.md"))
     plain = "ga.Attention(heads, head_dim, num_kv_heads=kv_heads"
     with_sinks = f"{plain}, variant=ga.variants.attention_sinks(4 * torch.randn(heads))"
-    assert plain in blocks[0]
-    last = blocks[-1].replace("Model().eval()", f"Model().eval().to({device!r}, {dtype})")
+    made, moved = "Model().eval()", f"Model().eval().to({device!r}, {dtype})"
+    assert page.count(plain) == page.count(made) == 1
     names: dict = {}
-    exec("\n".join([blocks[0].replace(plain, with_sinks), *blocks[1:-1], last]), names)
+    exec(page.replace(plain, with_sinks).replace(made, moved), names)
     return names
 
 

@@ -158,16 +158,6 @@ class Executor:
         self.runner.capture(decodes, max_buckets=max_buckets)
         beside = f"beside {mib(self.cache_bytes)} MiB of cache"
         less = "give the cache less (kv_bytes, num_pages or memory_fraction)"
-        if self.device.type == "cuda":
-            try:
-                self._warm_up(self.max_prefill_tokens)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise DeviceMemoryError(
-                    f"a prefill of {self.max_prefill_tokens} tokens does not fit {beside} ({first_line(error)}): lower "
-                    f"max_prefill_tokens, or {less}"
-                ) from error
         if failed := self.prefill_runner.capture(prefills):
             text = (
                 f"prefills of {', '.join(map(str, failed))} tokens could not be captured {beside} "
@@ -177,6 +167,16 @@ class Executor:
                 raise DeviceMemoryError(text)
             self.shortage, self.prefill_buckets = text, self.prefill_runner.buckets
             warnings.warn(text, RuntimeWarning, stacklevel=4)
+        if self.device.type == "cuda":  # last, so that torch keeps the memory that was found
+            try:
+                self._warm_up(self.max_prefill_tokens)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise DeviceMemoryError(
+                    f"a prefill of {self.max_prefill_tokens} tokens does not fit {beside} ({first_line(error)}): lower "
+                    f"max_prefill_tokens, or {less}"
+                ) from error
 
     @property
     def about_prefill(self) -> str:

@@ -129,21 +129,10 @@ class PrefillRunner:
         """
         failed: dict[int, str] = {}
         for done, num_tokens in enumerate(self.asked, start=1):
-            try:
-                self._buckets[num_tokens] = self._prepared(num_tokens)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed[num_tokens] = first_line(error)
+            if (reason := self._prepare_or_drop(num_tokens)) is not None:
+                failed[num_tokens] = reason
             if progress is not None:
                 progress(done, len(self.asked))
-            if num_tokens not in failed:
-                continue
-            if not self._buckets:
-                self._outputs.clear()  # they have the rows of the largest bucket
-            gc.collect()  # of what the failed step's frames held
-            if self._stream is not None:
-                torch.cuda.empty_cache()
         return failed
 
     def pick(self, num_tokens: int, num_rows: int) -> int | None:
@@ -184,14 +173,12 @@ class PrefillRunner:
             )
         prepared = self._buckets[bucket]
         prepared.plan.plan(prepared.padded.fill(token_ids, starts, tables, last, lengths))
-        if prepared.graph is None or eager:
-            self.counts["eager"] += 1
-            self._call(prepared)
-        elif prepared.signature == prepared.plan.signature:
-            self.counts["replay"] += 1
+        how = "replay" if prepared.signature == prepared.plan.signature else "guard"
+        how = "eager" if prepared.graph is None or eager else how
+        self.counts[how] += 1
+        if how == "replay":
             prepared.graph.replay()
         else:
-            self.counts["guard"] += 1
             self._call(prepared)
         return self._outputs.rows(len(last))
 
@@ -206,6 +193,22 @@ class PrefillRunner:
 
     def _rows(self, num_tokens: int) -> int:
         return min(self._max_batch, num_tokens, max(2, num_tokens // TOKENS_A_ROW))
+
+    def _prepare_or_drop(self, num_tokens: int) -> str | None:
+        """Prepares a bucket, or says how memory did not hold it; what it took is then given back."""
+        try:
+            self._buckets[num_tokens] = self._prepared(num_tokens)
+            return None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        if not self._buckets:
+            self._outputs.clear()  # they have the rows of the largest bucket
+        gc.collect()  # of what the failed step's frames held
+        if self._stream is not None:
+            torch.cuda.empty_cache()
+        return reason
 
     def _prepared(self, num_tokens: int) -> _Bucket:
         planner = self._planner

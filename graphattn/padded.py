@@ -85,18 +85,10 @@ class PaddedBatch:
             last: tokens, counted through the batch, whose logits are asked for; one a row at most.
 
         Raises:
-            InvalidArgumentError: more tokens or rows than that, or what `ragged_batch` refuses.
+            InvalidArgumentError: more tokens, rows or pages of a row than there is room for, or what `ragged_batch`
+                refuses.
         """
-        count = self.num_tokens - sum(map(len, token_ids))
-        if count < 0 or len(token_ids) > self.num_rows:
-            raise InvalidArgumentError(
-                f"{self.num_tokens - count} tokens in {len(token_ids)} rows: the batch has {self.num_tokens} tokens in "
-                f"{self.num_rows} rows at most, give fewer or make a larger one"
-            )
-        if len(last) > self.num_rows or not all(0 <= token < self.num_tokens - count for token in last):
-            raise InvalidArgumentError(
-                f"last={list(last)}: they are among {self.num_tokens - count} tokens, {self.num_rows} of them at most"
-            )
+        count = self.num_tokens - self._checked(token_ids, starts, last)
         if count:
             token_ids, starts = [*token_ids, [0] * count], [*starts, 0]
             lengths = None if lengths is None else [*lengths, count]
@@ -105,9 +97,6 @@ class PaddedBatch:
         arrays = ragged_arrays(token_ids, starts, tables, page_size=self.page_size, lengths=lengths)
         if count:  # a position that every model has
             arrays.positions_N[-count:], arrays.lengths_N[-count:] = 0, 1
-        longest = self._max_pages * self.page_size
-        if (arrays.kv_lens_B[: len(arrays.kv_lens_B) - bool(count)] > longest).any():
-            raise InvalidArgumentError(f"rows of {arrays.kv_lens_B.tolist()} tokens: a row has {longest} at most")
         missing = self.num_rows + 1 - len(arrays.kv_lens_B)
         asked_R = np.zeros(self.num_rows, dtype=np.int64)
         asked_R[: len(last)] = last
@@ -131,6 +120,25 @@ class PaddedBatch:
             count_groups=lambda: tuple(CSR(*map(torch.from_numpy, each)) for each in groups),
             page_size=self.page_size,
         )
+
+    def _checked(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int], last: Sequence[int]) -> int:
+        """How many tokens there are, if they and their rows fit."""
+        count, lens = (
+            sum(map(len, token_ids)),
+            [start + len(ids) for start, ids in zip(starts, token_ids, strict=False)],
+        )
+        if count > self.num_tokens or len(token_ids) > self.num_rows:
+            raise InvalidArgumentError(
+                f"{count} tokens in {len(token_ids)} rows: the batch has {self.num_tokens} tokens in {self.num_rows} "
+                "rows at most, give fewer or make a larger one"
+            )
+        if max(lens, default=0) > (longest := self._max_pages * self.page_size):
+            raise InvalidArgumentError(f"rows of {lens} tokens: a row has {longest} at most")
+        if len(last) > self.num_rows or not all(0 <= token < count for token in last):
+            raise InvalidArgumentError(
+                f"last={list(last)}: they are among {count} tokens, {self.num_rows} of them at most"
+            )
+        return count
 
     def _send(self, heads: Sequence[np.ndarray], indices: Sequence[np.ndarray]) -> None:
         """Copies what has its size always, and each group's pages as many as there are."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,19 @@ class Capture:
             driver_bytes=self.driver_bytes + earlier.driver_bytes,
             nvml_bytes=self.nvml_bytes + earlier.nvml_bytes if known else None,
         )
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream, device: torch.device) -> Iterator[None]:
+    """Has what its body launches run on `stream`, behind what was launched on the current one, which then waits for it:
+    both read and write a step's buffers."""
+    current = torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        current.wait_stream(stream)
 
 
 def capture_graph(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .capture import capture_graph
+from .capture import capture_graph, on_stream
 from .errors import BackendError, BucketError
 from .ops import active_plans
 from .outputs import Outputs
@@ -239,16 +239,11 @@ class PrefillRunner:
 
     def _capture_graph(self, prepared: _Bucket) -> None:
         device, is_first = self._planner.device, not self._buckets
-        # On the capture stream: compilation and lazily loaded kernels must not be captured.
-        current = torch.cuda.current_stream(device)
-        self._stream.wait_stream(current)
         held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        try:
-            with torch.cuda.stream(self._stream):
-                self._call(prepared)
-        finally:
-            current.wait_stream(self._stream)  # what was launched reads buffers that the next step writes
+        # On the capture stream: compilation and lazily loaded kernels must not be captured.
+        with on_stream(self._stream, device):
+            self._call(prepared)
         needed = torch.cuda.max_memory_allocated(device) - held
 
         def step() -> None:

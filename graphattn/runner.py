@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .buckets import BucketLadder
-from .capture import Capture, capture_graph
+from .capture import Capture, capture_graph, on_stream
 from .errors import BackendError, CaptureError, CaptureMemoryError, InvalidArgumentError
 from .meters import read_meters
 from .ops import active_plans
@@ -335,14 +335,8 @@ class DecodeRunner:
         """Warms up and captures; returns the bytes that the graph took."""
         device = self.state.device
         # On the capture stream: compilation and lazily loaded kernels must not be captured.
-        current = torch.cuda.current_stream(device)
-        with self._rehearsal(bucket):
-            self._stream.wait_stream(current)
-            try:
-                with torch.cuda.stream(self._stream):
-                    self._call(prepared)
-            finally:
-                current.wait_stream(self._stream)  # what was launched writes buffers that the next step reads
+        with self._rehearsal(bucket), on_stream(self._stream, device):
+            self._call(prepared)
         name, where = f"the step at bucket {bucket}", {"stream": self._stream, "device": device}
         graph, bytes_taken = capture_graph(lambda: self._call(prepared), name, pool=self.pool, **where)
         prepared.graph, prepared.signature = graph, prepared.plan.signature

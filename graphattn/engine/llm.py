@@ -66,7 +66,7 @@ class LLM:
         record_batches: a file for `tools/capture.py`: `close()` writes how many steps ran with how many rows into it.
         max_prefill_tokens: prompt tokens computed in one step; longer prompts are prefilled in chunks.
         prefill: FlashInfer's "fa2" or "fa3" (compiled once, in a minute); "auto" is fa3 for large batches, if there.
-        prefill_buckets: prompt tokens to capture a step at; fewer are padded. None: what suits the model, (): none.
+        prefill_buckets: prompt tokens to capture a step at; None for what suits the model (if not lazy), () for none.
         prefix_cache: share full pages between requests that begin alike.
         check: run a few tokens on transformers' eager attention and on ours first, and compare every layer.
         progress: called as `progress(stage, done, total)`; stages "load", "measure" (to size the cache) and "capture".

@@ -407,15 +407,18 @@ def test_max_tokens_default_goes_on_to_max_seq_len() -> None:
         assert len(llm.generate([PROMPTS[5]], greedy(1000))[0].token_ids) == 25
 
 
+@pytest.mark.parametrize("buckets", [(), (4, 8, 13)], ids=["prefill", "padded-prefill"])
 @pytest.mark.parametrize("seed", [None, 4], ids=["greedy", "seeded"])
-def test_logprobs_are_the_models_own(seed: int | None) -> None:
+def test_logprobs_are_the_models_own(seed: int | None, buckets: tuple[int, ...]) -> None:
     """Against log_softmax of a teacher-forced forward, through chunks, prefixes and preemption."""
     drawing = {"temperature": 0.0} if seed is None else {"seed": seed, "top_p": 0.8, "repetition_penalty": 1.3}
     counts = [at % 4 if at % 5 else None for at in range(len(PROMPTS))]
     params = [SamplingParams(max_tokens=9, min_tokens=4, logprobs=count, **drawing) for count in counts]
-    with LLM(tiny("qwen2"), max_batch=9, page_size=4, num_pages=19, max_seq_len=60, max_prefill_tokens=13) as llm:
+    sizes = {"max_batch": 9, "page_size": 4, "num_pages": 19, "max_seq_len": 60, "max_prefill_tokens": 13}
+    with LLM(tiny("qwen2"), **sizes, prefill_buckets=buckets) as llm:
         outputs = llm.generate(PROMPTS, params)
         assert llm._scheduler.num_preemptions > 0
+        assert (llm._executor.prefill_runner.counts.total() > 0) == bool(buckets)
     for output, count in zip(outputs, counts, strict=True):
         if count is None:
             assert output.logprobs is None
@@ -430,7 +433,8 @@ def test_logprobs_are_the_models_own(seed: int | None) -> None:
             assert entry == pytest.approx({one: row[one].item() for one in entry}, abs=1e-6)
 
 
-def test_requests_of_every_kind_share_a_step() -> None:
+@pytest.mark.parametrize("buckets", [(), (2, 8, 30)], ids=["prefill", "padded-prefill"])
+def test_requests_of_every_kind_share_a_step(buckets: tuple[int, ...]) -> None:
     """Below and above min_tokens, with anything that can be asked: each gets what it gets alone."""
     kinds = (
         {"temperature": 0},
@@ -446,7 +450,8 @@ def test_requests_of_every_kind_share_a_step() -> None:
     params = [SamplingParams(seed=at, max_tokens=8 + at, **kind) for at, kind in enumerate(kinds * 2)]
     with LLM(small(), max_batch=1, num_pages=60) as llm:
         alone = [llm.generate([prompt], one)[0] for prompt, one in zip(PROMPTS, params, strict=False)]
-    with LLM(small(), max_batch=12, num_pages=25, page_size=4, max_seq_len=80, max_prefill_tokens=30) as llm:
+    sizes = {"max_batch": 12, "num_pages": 25, "page_size": 4, "max_seq_len": 80, "max_prefill_tokens": 30}
+    with LLM(small(), **sizes, prefill_buckets=buckets) as llm:
         together = llm.generate(PROMPTS, [*params[: len(PROMPTS)]])
         assert llm._scheduler.num_preemptions > 0
     for output, lone in zip(together, alone, strict=True):

@@ -123,10 +123,8 @@ class PaddedBatch:
 
     def _checked(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int], last: Sequence[int]) -> int:
         """How many tokens there are, if they and their rows fit."""
-        count, lens = (
-            sum(map(len, token_ids)),
-            [start + len(ids) for start, ids in zip(starts, token_ids, strict=False)],
-        )
+        count = sum(map(len, token_ids))
+        lens = [start + len(ids) for start, ids in zip(starts, token_ids, strict=False)]
         if count > self.num_tokens or len(token_ids) > self.num_rows:
             raise InvalidArgumentError(
                 f"{count} tokens in {len(token_ids)} rows: the batch has {self.num_tokens} tokens in {self.num_rows} "

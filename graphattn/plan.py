@@ -256,10 +256,11 @@ class Planner:
         """
         return StepPlan([backend.padded_plan(padded, kernel) for backend in self.backends], self.caches)
 
-    @property
-    def not_capturable(self) -> list[str]:
-        """Backends whose plans may not be captured in a CUDA graph."""
-        return [name for name, backends in self._made.items() if not all(each.capturable for each in backends)]
+    def check_capturable(self) -> None:
+        """Raises BackendError if plans of some backend may not be captured in a CUDA graph."""
+        for name, backends in self._made.items():
+            if not all(each.capturable for each in backends):
+                raise BackendError(f"backend {name} cannot run inside a CUDA graph: pass enforce_eager=True")
 
     @property
     def num_shared(self) -> int:

@@ -6,7 +6,6 @@ A step is any callable `step_fn(token_ids[N], positions[N], last[R]) -> Tensor` 
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 
 from .capture import capture_graph, on_stream
-from .errors import BackendError, BucketError
+from .errors import BucketError
 from .ops import active_plans
 from .outputs import Outputs
 from .padded import PaddedBatch
 from .plan import Planner, StepPlan
-from .shortage import first_line, is_out_of_memory
+from .shortage import first_line, give_back, is_out_of_memory
 from .spec import check_counts
 
 TOKENS_A_ROW = 32  # of a bucket; more rows take more of FlashInfer's workspace, and rows as short leave its tiles empty
@@ -93,10 +92,8 @@ class PrefillRunner:
         self._step_fn, self._planner, self._kernel = step_fn, planner, kernel
         self._max_batch, self._max_pages = max_batch, -(-max_seq_len // planner.cache.page_size)
         uses_graphs = planner.device.type == "cuda" and not enforce_eager and len(buckets) > 0
-        if uses_graphs and planner.not_capturable:
-            raise BackendError(
-                f"backend {planner.not_capturable[0]} cannot run inside a CUDA graph: pass enforce_eager=True"
-            )
+        if uses_graphs:
+            planner.check_capturable()
         self.pool = torch.cuda.graph_pool_handle() if uses_graphs else None
         self._stream = torch.cuda.Stream(planner.device) if uses_graphs else None
         self._buckets: dict[int, _Bucket] = {}
@@ -205,9 +202,7 @@ class PrefillRunner:
             reason = first_line(error)
         if not self._buckets:
             self._outputs.clear()  # they have the rows of the largest bucket
-        gc.collect()  # of what the failed step's frames held
-        if self._stream is not None:
-            torch.cuda.empty_cache()
+        give_back(self._planner.device)
         return reason
 
     def _prepared(self, num_tokens: int) -> _Bucket:

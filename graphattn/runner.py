@@ -7,7 +7,6 @@ embedding does: attention reads page tables early, and must not come right behin
 
 from __future__ import annotations
 
-import gc
 import time
 import warnings
 from collections import Counter
@@ -21,12 +20,12 @@ from torch import Tensor
 from .batch import Batch
 from .buckets import BucketLadder
 from .capture import Capture, capture_graph, on_stream
-from .errors import BackendError, CaptureError, CaptureMemoryError, InvalidArgumentError
+from .errors import CaptureError, CaptureMemoryError, InvalidArgumentError
 from .meters import read_meters
 from .ops import active_plans
 from .outputs import Outputs
 from .plan import Planner, StepPlan
-from .shortage import capture_shortage, first_line, is_out_of_memory
+from .shortage import capture_shortage, first_line, give_back, is_out_of_memory
 from .state import StepState
 
 StepFn = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]
@@ -96,10 +95,8 @@ class DecodeRunner:
             if mode not in modes:
                 raise InvalidArgumentError(f"{name}={mode!r}: choose {' or '.join(modes)}")
         self.uses_graphs = state.device.type == "cuda" and not enforce_eager
-        if self.uses_graphs and planner.not_capturable:
-            raise BackendError(
-                f"backend {planner.not_capturable[0]} cannot run inside a CUDA graph: pass enforce_eager=True"
-            )
+        if self.uses_graphs:
+            planner.check_capturable()
         self.state, self.planner, self.ladder = state, planner, ladder
         self.captures: list[Capture] = []
         self.counts: Counter[str] = Counter()
@@ -274,9 +271,7 @@ class DecodeRunner:
             self.planner.leave_out(bucket, backend)
         elif len(self.ladder) > 1:
             self.ladder = BucketLadder([size for size in self.ladder if size != bucket])
-        gc.collect()  # of what the failed step's frames held
-        if self.state.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self.state.device)
         return {(bucket, backend if has_others else None): reason}
 
     def _report(self, failed: dict[tuple[int, str | None], str]) -> None:

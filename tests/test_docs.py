@@ -20,13 +20,17 @@ def code(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
 
 
-def engine_page(device: str, dtype: torch.dtype) -> tuple[dict, list[list[int]]]:
-    """The page's names after its code ran, its model in another place or dtype if asked."""
-    made, moved = "Model().eval()", f"Model().eval().to({device!r}, {dtype})"
-    page = "\n".join(code("engine.md"))
+def engine_code(device: str, dtype: torch.dtype) -> str:
+    """The code of docs/engine.md, its model in another place or dtype."""
+    made, page = "Model().eval()", "\n".join(code("engine.md"))
     assert page.count(made) == 1
+    return page.replace(made, f"{made}.to({device!r}, {dtype})")
+
+
+def engine_page(device: str, dtype: torch.dtype) -> tuple[dict, list[list[int]]]:
+    """The page's names after that ran."""
     names: dict = {}
-    exec(page.replace(made, moved), names)
+    exec(engine_code(device, dtype), names)
     return names, names["answers"]
 
 

@@ -75,7 +75,8 @@ class Executor:
         self.runner: DecodeRunner | None = None
         self.prefill_runner: PrefillRunner | None = None
         self.caches: list[KVCache] = []  # by layer group
-        self.enforce_eager, self.shortage = enforce_eager, None
+        self.enforce_eager = enforce_eager
+        self.shortages: list[str] = []  # of memory, that left out what was asked for
         self.forecast: Forecast | None = None  # what the start was to take,
         self.growth: dict[str, int] = {}  # and what it took, of that `kernel_bytes` outside torch and graphs
         self.kernel_bytes = 0
@@ -165,7 +166,8 @@ class Executor:
             )
             if self.prefill_buckets is not None and self._options["on_capture_oom"] == "raise":
                 raise DeviceMemoryError(text)
-            self.shortage, self.prefill_buckets = text, self.prefill_runner.buckets
+            self.shortages.append(text)
+            self.prefill_buckets = self.prefill_runner.buckets
             warnings.warn(text, RuntimeWarning, stacklevel=4)
         if self.device.type == "cuda":  # last, so that torch keeps the memory that was found
             try:

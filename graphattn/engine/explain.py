@@ -20,7 +20,7 @@ def explain(executor: Executor, scheduler: Scheduler, max_seq_len: int, how: str
     )
     mode = "captured in CUDA graphs" if run.uses_graphs else "eager (no CUDA graphs)"
     compiled = f"compiled, {step.num_compiles} graphs" if step.compile else "not compiled"
-    shortages = dict.fromkeys(text for text in (run.shortage, executor.shortage) if text is not None)
+    shortages = executor.shortages + ([] if run.shortage is None else [run.shortage])
     return "\n".join(
         (
             f"decode      {mode}, {compiled}",

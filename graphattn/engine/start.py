@@ -151,7 +151,8 @@ class Start:
             self._lay_out_smallest(base)
             executor.capture(partial(self._progress, "measure"), max_buckets=2 if executor.is_lazy else None)
             grown, captures, runner = growth(executor, base), executor.runner.captures, executor.runner
-            self._ladder, executor.shortage = runner.ladder, _joined(runner.shortage, executor.shortage)
+            self._ladder = runner.ladder
+            executor.shortages += [] if runner.shortage is None else [runner.shortage]
             if runner.planner.table is not None:
                 executor.backend = runner.planner.table  # without what did not fit
             num_graphs = [len(runner.planner.names(bucket)) for bucket in runner.ladder]
@@ -225,7 +226,3 @@ class Start:
         if costs is None:
             return f"{text}; nothing but the cache is reserved"
         return f"{text}, {mib(costs.num_bytes)} MiB are for all but the cache, {costs.source}"
-
-
-def _joined(*texts: str | None) -> str | None:
-    return "; ".join(dict.fromkeys(filter(None, texts))) or None

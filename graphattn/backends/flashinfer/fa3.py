@@ -82,17 +82,17 @@ def suits(spec: AttentionSpec, num_processors: int, counts_B: Tensor) -> bool:
 def plan_bytes(spec: AttentionSpec, num_processors: int, counts_B: Tensor) -> int:
     """Bytes of ints of a plan for rows of so many query tokens; FlashInfer's `workspace_size` has no answer for fa3."""
     tile = TILES[spec.head_dim]
-    most = most_tiles(spec, int(counts_B.sum()), len(counts_B))
+    most = _most_tiles(spec, int(counts_B.sum()), len(counts_B))
     return _list_bytes(spec, num_processors, most, int(_tiles(tile, counts_B)))
 
 
 def padded_plan_bytes(spec: AttentionSpec, num_processors: int, num_tokens: int, num_rows: int) -> int:
     """The same of plans in a CUDA graph, which are as large as those of any rows with so many query tokens in all."""
-    most = most_tiles(spec, num_tokens, num_rows)
+    most = _most_tiles(spec, num_tokens, num_rows)
     return _list_bytes(spec, num_processors, most, most)
 
 
-def most_tiles(spec: AttentionSpec, num_tokens: int, num_rows: int) -> int:
+def _most_tiles(spec: AttentionSpec, num_tokens: int, num_rows: int) -> int:
     """Tiles of a head that so many rows of so many query tokens in all can have."""
     return -(-num_tokens // TILES[spec.head_dim]) + num_rows - 1
 

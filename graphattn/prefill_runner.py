@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .capture import capture_graph, on_stream
+from .capture import capture_graph, on_stream, piece_for
 from .errors import BucketError
 from .ops import active_plans
 from .outputs import Outputs
@@ -234,18 +234,13 @@ class PrefillRunner:
 
     def _capture_graph(self, prepared: _Bucket) -> None:
         device, is_first = self._planner.device, not self._buckets
-        held = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
         # On the capture stream: compilation and lazily loaded kernels must not be captured.
         with on_stream(self._stream, device):
-            self._call(prepared)
-        needed = torch.cuda.max_memory_allocated(device) - held
+            size = piece_for(lambda: self._call(prepared), device)
 
         def step() -> None:
             if is_first:
-                # A piece of which all others are cut: how many are taken instead depends on where they happen to lie,
-                # and what a first capture took would not tell what the next will take.
-                torch.empty(needed * 5 // 4, dtype=torch.uint8, device=device)
+                torch.empty(size, dtype=torch.uint8, device=device)  # freed at once, and what follows is cut from it
             self._call(prepared)
 
         prepared.graph, _ = capture_graph(

@@ -62,7 +62,7 @@ def main(
         typer.Option(
             help="decode: time per step. nano: tokens/s of mixed requests. attention: us that attention adds to a "
             "layer. step: kernels, idle device, host. prefill: prompts alone, and beside rows that decode. start: "
-            "seconds until an engine is ready, with compile caches empty and filled."
+            "seconds until an engine is ready, with compile caches empty, kernels built, and all filled."
         ),
     ] = "decode",
     shape: Annotated[Path, typer.Option(help="Model config as JSON; weights are random.")] = Path(

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..batch import Batch, ragged_batch
 from ..buckets import BucketLadder
 from ..cache import KVCache
+from ..capture import reserve_for
 from ..draw import Sampled, sample, with_logprobs
 from ..errors import CaptureError, DeviceMemoryError, InvalidArgumentError
 from ..groups import GroupPools
@@ -171,7 +172,7 @@ class Executor:
             warnings.warn(text, RuntimeWarning, stacklevel=4)
         if self.device.type == "cuda":  # last, so that torch keeps the memory that was found
             try:
-                self._warm_up(self.max_prefill_tokens)
+                reserve_for(lambda: self._warm_up(self.max_prefill_tokens), self.device)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

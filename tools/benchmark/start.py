@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from .apart import run_apart
 
-CASES = {"caches empty": "torch", "kernels built": "torch again", "caches filled": "torch again"}  # folder of torch's
+CASES = {"caches empty": "torch", "kernels built": "torch-again", "caches filled": "torch-again"}  # folder of torch's
 
 
 def measure(shape: Path, engine: dict) -> Iterator[dict]:

@@ -32,6 +32,8 @@ from graphattn import (
     UnsupportedModelError,
 )
 from graphattn.draw import derive_seed, sample
+from graphattn.engine.executor import Executor
+from graphattn.engine.flight import Flight
 from graphattn.hf import attach
 from graphattn.plan import choose_backend
 from graphattn.spec import AttentionSpec, CacheSpec
@@ -493,6 +495,36 @@ def test_rows_that_go_on_are_not_sent(overlap: bool) -> None:
             tokens = state.num_sent - before[0] - new_pages
             assert tokens == 0 if overlap else tokens <= 6
             assert drawing.num_sent == before[1]
+
+
+def test_rows_beside_a_prompt_wait_for_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock of a device where a decode step takes 1 and a chunk 10, launched by a host that takes no time."""
+    clock, gaps = {"device": 0, "host": 0}, []
+
+    def lasting(forward, duration: int):
+        def timed(self: Executor, work) -> Flight:
+            flight = forward(self, work)
+            clock["device"] = flight.done = max(clock.values()) + duration
+            return flight
+
+        return timed
+
+    def land(self: Flight, landed=Flight.land):
+        clock["host"] = max(clock["host"], self.done)
+        return landed(self)
+
+    monkeypatch.setattr(Executor, "decode", lasting(Executor.decode, 1))
+    monkeypatch.setattr(Executor, "prefill", lasting(Executor.prefill, 10))
+    monkeypatch.setattr(Flight, "land", land)
+    with LLM(small(), max_batch=2, num_pages=80, max_prefill_tokens=8) as llm:
+        row = llm.add_request(PROMPTS[5], greedy(40))
+        for _ in range(4):
+            llm.step()
+        llm.add_request(prompt_of(40, 0), greedy(1))
+        while llm.has_work:
+            before = clock["host"]
+            gaps += [clock["host"] - before for delta in llm.step() if delta.request_id == row]
+    assert max(gaps) == 11 and gaps.count(11) == 5
 
 
 def test_rows_keep_their_place_when_one_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,11 +215,9 @@ class Engine:
         for request_id in list(self._requests):
             self._end_all(request_id)
 
-    def _launch(self, requests: Sequence[Request], forward: Callable[[], Flight | None]) -> None:
+    def _launch(self, requests: Sequence[Request], forward: Callable[[], Flight]) -> None:
         try:
-            flight = forward()
-            if flight is not None:
-                self._flights.append(flight)
+            self._flights.append(forward())
         except BaseException:
             try:
                 self.land()

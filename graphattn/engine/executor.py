@@ -186,7 +186,7 @@ class Executor:
         """Which kernels compute it, and why no others do."""
         return "; ".join(dict.fromkeys(plan.about for plan in self._prefill_plan.groups))
 
-    def prefill(self, chunks: Sequence[Chunk]) -> Flight | None:
+    def prefill(self, chunks: Sequence[Chunk]) -> Flight:
         """Computes the next tokens of each request; draws one for each chunk that completes its request's tokens.
 
         Decode first in a step that does both: this overwrites where the last prefill's draws lie.
@@ -209,8 +209,8 @@ class Executor:
         for chunk in chunks:
             chunk.request.computed(chunk.num_tokens)
         drawn = [chunk.request for chunk in chunks if chunk.request.num_pending == 0]
-        if not drawn:
-            return None
+        if not drawn:  # is waited for as well, or rows beside it would wait for the last two chunks of a prompt at once
+            return Flight([], Sampled(self.state.drawn[PREFILLED, :0]))
         sampled = sample(logits_RV, [request.row() for request in drawn])
         self.state.drawn[PREFILLED, : len(drawn)].copy_(sampled.token_ids.clamp(min=0))
         return self._take_off(sampled, drawn, PREFILLED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,11 +81,31 @@ def piece_for(call: Callable[[], object], device: torch.device) -> int:
 
 
 def reserve_for(call: Callable[[], object], device: torch.device) -> None:
-    """Makes a call twice, and has torch keep one such piece, on the current stream, for the calls to come."""
+    """Makes a call twice, and has torch keep one such piece, on the current stream, for the calls to come.
+
+    Where none as large can be had, torch keeps what a third call takes by itself.
+    """
     call()  # what libraries allocate once, and keep, is no part of the piece
-    size = piece_for(call, device)
-    torch.cuda.empty_cache()
-    torch.empty(size, dtype=torch.uint8, device=device)
+    if not holds(piece_for(call, device), device):
+        call()
+
+
+def holds(num_bytes: int, device: torch.device) -> bool:
+    """Whether so many bytes can be had in one piece; torch then keeps it, and nothing else unused."""
+    give_back(device)
+    try:
+        torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def give_back(device: torch.device) -> None:
+    """Has torch give the device what nothing holds any more, nor the frames of a step that failed."""
+    gc.collect()
+    if device.type == "cuda":
+        with _CAPTURING:
+            torch.cuda.empty_cache()
 
 
 def capture_graph(

@@ -191,7 +191,8 @@ def _flat_ids(rows: Sequence[RowSampling], field: str, wanted: Sequence[int], vo
     flat = []
     for i in wanted:
         ids = getattr(rows[i], field)
-        ids = np.fromiter(ids, np.int64, len(ids)) if isinstance(ids, Set) else np.asarray(ids, dtype=np.int64)
+        # A copy: an array that something looks into cannot be resized, and its request could not go on.
+        ids = np.fromiter(ids, np.int64, len(ids)) if isinstance(ids, Set) else np.array(ids, dtype=np.int64)
         if ids.min() < 0 or ids.max() >= vocab:
             bad = ids[(ids < 0) | (ids >= vocab)][0]
             raise InvalidArgumentError(f"{field} id {bad} of row {i} is not in the vocabulary, 0 to {vocab - 1}")

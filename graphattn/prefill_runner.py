@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .capture import capture_graph, on_stream, piece_for
+from .capture import capture_graph, give_back, holds, on_stream, piece_for
 from .errors import BucketError
 from .ops import active_plans
 from .outputs import Outputs
 from .padded import PaddedBatch
 from .plan import Planner, StepPlan
-from .shortage import first_line, give_back, is_out_of_memory
+from .shortage import first_line, is_out_of_memory
 from .spec import check_counts
 
 TOKENS_A_ROW = 32  # of a bucket; more rows take more of FlashInfer's workspace, and rows as short leave its tiles empty
@@ -233,13 +233,14 @@ class PrefillRunner:
         self._outputs.copy_(self._eager(prepared), prepared.padded.num_rows)
 
     def _capture_graph(self, prepared: _Bucket) -> None:
-        device, is_first = self._planner.device, not self._buckets
+        device = self._planner.device
         # On the capture stream: compilation and lazily loaded kernels must not be captured.
         with on_stream(self._stream, device):
             size = piece_for(lambda: self._call(prepared), device)
+        in_one_piece = not self._buckets and holds(size, device)
 
         def step() -> None:
-            if is_first:
+            if in_one_piece:
                 torch.empty(size, dtype=torch.uint8, device=device)  # freed at once, and what follows is cut from it
             self._call(prepared)
 

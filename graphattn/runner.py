@@ -19,13 +19,13 @@ from torch import Tensor
 
 from .batch import Batch
 from .buckets import BucketLadder
-from .capture import Capture, capture_graph, on_stream
+from .capture import Capture, capture_graph, give_back, on_stream
 from .errors import CaptureError, CaptureMemoryError, InvalidArgumentError
 from .meters import read_meters
 from .ops import active_plans
 from .outputs import Outputs
 from .plan import Planner, StepPlan
-from .shortage import capture_shortage, first_line, give_back, is_out_of_memory
+from .shortage import capture_shortage, first_line, is_out_of_memory
 from .state import StepState
 
 StepFn = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]

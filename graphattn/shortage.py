@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -29,13 +28,6 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 def first_line(error: BaseException) -> str:
     """An exception's type and the first line of what it says."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def give_back(device: torch.device) -> None:
-    """Has torch give the device what nothing holds any more, nor the frames of a step that failed."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def capture_shortage(

@@ -12,7 +12,9 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -30,10 +32,12 @@ from graphattn import (
     RequestOutput,
     SamplingParams,
     UnsupportedModelError,
+    draw,
 )
 from graphattn.draw import derive_seed, sample
 from graphattn.engine.executor import Executor
 from graphattn.engine.flight import Flight
+from graphattn.groups import RowPages
 from graphattn.hf import attach
 from graphattn.plan import choose_backend
 from graphattn.spec import AttentionSpec, CacheSpec
@@ -525,6 +529,91 @@ def test_rows_beside_a_prompt_wait_for_one_chunk_at_a_time(monkeypatch: pytest.M
             before = clock["host"]
             gaps += [clock["host"] - before for delta in llm.step() if delta.request_id == row]
     assert max(gaps) == 11 and gaps.count(11) == 5
+
+
+def test_what_fails_while_it_looks_at_the_tokens_leaves_them_to_be_gone_on_with(monkeypatch) -> None:
+    """numpy's view of an array forbids that it is cut, for as long as a traceback holds it."""
+    failing = []
+
+    class Ids(np.ndarray):
+        def __add__(self, other):
+            if failing:
+                raise failing.pop()
+            return np.asarray(self) + other
+
+    def made_by(make):
+        return lambda *args, **options: make(*args, **options).view(Ids)
+
+    numpy = SimpleNamespace(**vars(np) | {"array": made_by(np.array), "asarray": made_by(np.asarray)})
+    prompts, params = [prompt_of(9, 0), prompt_of(5, 1)], [greedy(6, repetition_penalty=1.3), greedy(6)]
+    with LLM(small(), max_batch=2, num_pages=80) as llm:
+        want = [output.token_ids for output in llm.generate(prompts, params)]
+        ids = [llm.add_request(*each) for each in zip(prompts, params, strict=True)]
+        monkeypatch.setattr(draw, "np", numpy)
+        failing.append(MemoryError("the host's"))
+        with pytest.raises(MemoryError, match="the host's"):
+            llm.step()
+        found = finish(llm, whole=False)
+        assert not failing and [found[request_id].token_ids for request_id in ids] == want
+        llm.pool.check()
+
+
+def test_ids_that_can_be_fed_and_not_drawn() -> None:
+    """Of a model that draws from fewer than it embeds: nothing is refused for good behind a request's back."""
+    model = small()
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, 100, bias=False, dtype=model.dtype)
+    with LLM(model, max_batch=2, num_pages=80) as llm:
+        assert len(llm.generate([[5, 120, 7]], greedy(4))[0].token_ids) == 4
+        with pytest.raises(InvalidRequestError, match="is for what can be drawn, and prompt 0 has 120"):
+            llm.generate([[5, 120, 7]], greedy(4, repetition_penalty=1.2))
+        with pytest.raises(InvalidRequestError, match="stop_token_ids of prompt 0 has 120 .* 0 to 99"):
+            llm.generate([[5, 7]], greedy(4, stop_token_ids=(120,), min_tokens=2))
+
+
+def test_a_second_interrupt_while_a_request_is_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes between any two instructions; the request waits on, without the pages that it had got."""
+    with LLM(small(), max_batch=2, num_pages=80, page_size=4) as llm:
+        want = llm.generate([PROMPTS[9]], greedy(4))[0].token_ids  # and leaves a prefix
+        missing, interrupted = RowPages.missing, [KeyboardInterrupt]
+
+        def interrupting(*args):
+            if interrupted:
+                raise interrupted.pop()
+            return missing(*args)
+
+        monkeypatch.setattr(RowPages, "missing", interrupting)
+        request_id = llm.add_request(PROMPTS[9], greedy(4))
+        with pytest.raises(KeyboardInterrupt):
+            llm.step()
+        assert llm.pool.num_used == 0
+        assert finish(llm, whole=False)[request_id].token_ids == want
+
+
+def test_another_thread_sees_work_until_the_last_output_is_there() -> None:
+    seen = []
+
+    class Looking(Letters):
+        def decode(self, ids, **options):
+            seen.append(llm.has_work)
+            return super().decode(ids, **options)
+
+    with LLM(small(), tokenizer=Looking(), max_batch=2, num_pages=80) as llm:
+        llm.add_request(PROMPTS[1], greedy(3))
+        while llm.has_work:
+            llm.step()
+        assert seen and all(seen)
+
+
+@pytest.mark.parametrize(
+    ("max_seq_len", "lens"), [(300, [300, 212]), (512, [512]), (257, [257, 255]), (100, [100] * 4)]
+)
+def test_the_longest_prefill_is_what_a_start_runs(max_seq_len: int, lens: list[int], monkeypatch) -> None:
+    """Or memory is measured and kept for a shorter one than steps will compute."""
+    seen, logits = [], Executor.logits
+    with LLM(small(), max_batch=4, max_seq_len=max_seq_len, num_pages=200, max_prefill_tokens=512) as llm:
+        monkeypatch.setattr(Executor, "logits", lambda self, *args: seen.append(args[0]) or logits(self, *args))
+        llm._executor._warm_up(512)
+    assert seen[0].qo_indptr_B1.diff().tolist() == lens
 
 
 def test_rows_keep_their_place_when_one_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

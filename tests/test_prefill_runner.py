@@ -226,6 +226,23 @@ def test_buckets_that_memory_does_not_hold_are_left_out(room: list[int], options
         assert "prefill     no CUDA graphs" in llm.explain()
 
 
+def test_buckets_that_nobody_named_are_left_out_by_a_second_capture_too(room: list[int]) -> None:
+    """As where a start measures first, and memory goes meanwhile."""
+    with pytest.warns(RuntimeWarning, match=WORDS), LLM(tiny("llama"), num_pages=60) as llm:
+        executor, (caches, ladder, longest) = llm._executor, laid_out(llm)
+        executor.release()
+        executor.lay_out(caches, ladder, longest)
+        room[0] = 1
+        with pytest.warns(RuntimeWarning, match="prefills of 16 tokens could not be captured"):
+            executor.capture()
+        assert executor.prefill_runner.buckets == () and len(executor.shortages) == 2
+
+
+def laid_out(llm: LLM) -> tuple:
+    executor = llm._executor
+    return executor.planner.caches, executor.runner.ladder, executor.state.max_seq_len
+
+
 def test_progress_counts_prefills_too() -> None:
     seen = []
     options = {"max_batch": 4, "buckets": [1, 4], "num_pages": 60, "prefill_buckets": [16, 64, 128]}

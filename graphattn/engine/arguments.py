@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -189,20 +190,28 @@ def opened(
     return model, tokenizer
 
 
-def end_ids_of(model: nn.Module, tokenizer, vocab_size: int) -> list[int]:
-    """Ids that end a text; one that cannot be drawn ends nothing, and could not be banned below min_tokens either."""
-    return [token_id for token_id in end_token_ids(model, tokenizer) if 0 <= token_id < vocab_size]
+class Vocabulary(NamedTuple):
+    """How many ids a model can be fed, and how many of them it can draw: ids go from 0 to it, itself left out."""
+
+    fed: int
+    drawn: int
 
 
-def vocab_size_of(model: nn.Module) -> int:
-    """Ids that the model can be fed.
+def vocabulary_of(model: nn.Module) -> Vocabulary:
+    """Both sizes.
 
     Raises:
-        UnsupportedModelError: it may draw others.
+        UnsupportedModelError: it may draw others than it can be fed.
     """
-    fed, drawn = model.get_input_embeddings().num_embeddings, model.get_output_embeddings()
-    if drawn is not None and drawn.weight.shape[0] > fed:
+    fed, head = model.get_input_embeddings().num_embeddings, model.get_output_embeddings()
+    drawn = fed if head is None else head.weight.shape[0]
+    if drawn > fed:
         raise UnsupportedModelError(
-            f"{type(model).__name__} draws from {drawn.weight.shape[0]} ids and embeds {fed}: resize its embeddings"
+            f"{type(model).__name__} draws from {drawn} ids and embeds {fed}: resize its embeddings"
         )
-    return fed
+    return Vocabulary(fed, drawn)
+
+
+def end_ids_of(model: nn.Module, tokenizer, vocabulary: Vocabulary) -> list[int]:
+    """Ids that end a text; one that cannot be drawn ends nothing, and could not be banned below min_tokens either."""
+    return [token_id for token_id in end_token_ids(model, tokenizer) if 0 <= token_id < vocabulary.drawn]

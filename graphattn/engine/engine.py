@@ -139,7 +139,8 @@ class Engine:
             while left:
                 if not outbox:
                     self.step()
-                    if not outbox and self._requests.keys().isdisjoint(mine):
+                    are_gone = self._requests.keys().isdisjoint(mine)  # asked first: another thread's step may end them
+                    if are_gone and not outbox:
                         raise InvalidRequestError(
                             f"{left} samples are gone, since a step was cut short (a second Ctrl-C?): make a new LLM"
                         )
@@ -227,10 +228,12 @@ class Engine:
 
     def _recompute(self, requests: Sequence[Request]) -> None:
         """Sends requests back to wait; what they drew and nobody read is drawn again, the same."""
-        for request in requests:
-            if not request.is_ended:
-                request.forget_unread()
-        self._scheduler.preempt(requests)
+        try:
+            for request in requests:
+                if not request.is_ended:
+                    request.forget_unread()
+        finally:
+            self._scheduler.preempt(requests)
 
     def _accept(self, request: Request, token_id: int, logprobs: dict[int, float] | None) -> None:
         try:
@@ -252,10 +255,12 @@ class Engine:
         self, request: Request, reason: FinishReason, new: tuple[int, ...] = (), error: Exception | None = None
     ) -> None:
         self._scheduler.remove(request)
-        samples = self._requests[request.id]
-        samples.remove(request)
-        if not samples:
-            del self._requests[request.id]
-        if not self._requests:
-            self._flights.clear()  # of requests that have ended; nobody reads them
-        request.outbox.append(request.end(reason, new, error))
+        try:  # before it is gone: another thread may ask whether there is anything left to deliver
+            request.outbox.append(request.end(reason, new, error))
+        finally:
+            samples = self._requests[request.id]
+            samples.remove(request)
+            if not samples:
+                del self._requests[request.id]
+            if not self._requests:
+                self._flights.clear()  # of requests that have ended; nobody reads them

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..batch import Batch, ragged_batch
 from ..buckets import BucketLadder
 from ..cache import KVCache
-from ..capture import reserve_for
+from ..capture import give_back, reserve_for
 from ..draw import Sampled, sample, with_logprobs
 from ..errors import CaptureError, DeviceMemoryError, InvalidArgumentError
 from ..groups import GroupPools
@@ -32,7 +31,7 @@ from ..spans import BackendTable
 from ..spec import CacheSpec
 from ..state import StepState
 from .accounts import WORKSPACES, page_lines
-from .arguments import vocab_size_of
+from .arguments import vocabulary_of
 from .draws import RowDraws
 from .flight import Flight
 from .forecast import Forecast
@@ -71,6 +70,7 @@ class Executor:
         self.is_lazy = capture == "lazy"
         self.prefill_kernel, self.max_prefill_tokens = prefill, max_prefill_tokens
         # None is what suits the model; nothing is captured later on its own, when memory may be gone.
+        self._names_buckets = prefill_buckets is not None
         self.prefill_buckets = () if prefill_buckets is None and self.is_lazy else prefill_buckets
         self._options = {"enforce_eager": enforce_eager, "capture": capture, "on_capture_oom": on_capture_oom}
         self.runner: DecodeRunner | None = None
@@ -101,7 +101,7 @@ class Executor:
         self._draws = RowDraws(
             self.state.drawn[DECODED],
             max_batch=ladder.max,
-            vocab=vocab_size_of(self.model),
+            vocab=vocabulary_of(self.model).fed,
             dtype=self.model.dtype,
         )
         self.step.draw = self._draws
@@ -135,8 +135,7 @@ class Executor:
             vars(self).pop(name, None)
         self.step.draw, self._rows = most_likely, []
         if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+            give_back(self.device)
 
     def capture(self, progress: Callable[[int, int], None] | None = None, *, max_buckets: int | None = None) -> None:
         """Prepares every bucket (or the largest, if lazily; or so many), and what runs outside them.
@@ -165,7 +164,7 @@ class Executor:
                 f"prefills of {', '.join(map(str, failed))} tokens could not be captured {beside} "
                 f"({next(iter(failed.values()))}): name fewer in prefill_buckets, or {less}"
             )
-            if self.prefill_buckets is not None and self._options["on_capture_oom"] == "raise":
+            if self._names_buckets and self._options["on_capture_oom"] == "raise":
                 raise DeviceMemoryError(text)
             self.shortages.append(text)
             self.prefill_buckets = self.prefill_runner.buckets
@@ -317,10 +316,10 @@ class Executor:
             for penalty in (1.0, 2.0):
                 params = SamplingParams(repetition_penalty=penalty)
                 sample(logits, [RowSampling(params, seed=0, position=0, seen=(0,))] * count)
-        length = min(num_tokens, self.state.max_seq_len)
-        num_rows, page_size = min(max(1, num_tokens // length), max_batch), self.state.page_size
-        pages = [NULL_PAGE] * -(-length // page_size)
-        rows = ([[0] * length] * num_rows, [0] * num_rows, [[pages] * num_rows] * len(self.caches))
+        most, page_size = self.state.max_seq_len, self.state.page_size
+        lens = [min(most, num_tokens - start) for start in range(0, num_tokens, most)][:max_batch]
+        tables = [[NULL_PAGE] * -(-length // page_size) for length in lens]
+        rows = ([[0] * length for length in lens], [0] * len(lens), [tables] * len(self.caches))
         batch = ragged_batch(*rows, page_size=page_size, device=self.device)
         self.logits(batch, batch.qo_indptr_B1[1:].long() - 1)
 

@@ -21,14 +21,14 @@ from ..scales import KVScales
 from ..spans import StepTime
 from ..traffic import Traffic
 from .accounts import engine_ledger
-from .arguments import backend_for, check_arguments, end_ids_of, ladder_for, opened, scales_for, vocab_size_of
+from .arguments import backend_for, check_arguments, end_ids_of, ladder_for, opened, scales_for, vocabulary_of
 from .engine import Engine
 from .executor import Executor
 from .explain import explain
 from .profiling import profile_of, time_steps
 from .prompts import Prompt, PromptReader
 from .proof import prove
-from .request import Delta, RequestOutput
+from .request import Delta, RequestOutput, drained
 from .scheduler import Scheduler
 from .sizing import CacheAsk, Sizing, length_limit
 from .start import Progress, Start
@@ -144,7 +144,7 @@ class LLM:
                 prefill_buckets=prefill_buckets,
             )
             undo.callback(self._executor.close)
-            vocab_size, limit = vocab_size_of(model), length_limit(binding, max_seq_len)
+            vocabulary, limit = vocabulary_of(model), length_limit(binding, max_seq_len)
             kind = {"page_size": page_size, "layout": layout, "kv_cache_dtype": kv_cache_dtype}
             sizing = Sizing.of(binding, ask, **kind, max_batch=max_batch, num_new=max_prefill_tokens, limit=limit)
             if check:
@@ -163,7 +163,7 @@ class LLM:
         # An LLM that is dropped without close() must not leave the model attached, with nobody left to detach it.
         self._finalizer = weakref.finalize(self, self._executor.close)
         self._finalizer.atexit = False
-        sizes = {"vocab_size": vocab_size, "limit": limit, "num_new": max_prefill_tokens}
+        sizes = {"vocabulary": vocabulary, "limit": limit, "num_new": max_prefill_tokens}
         self._prompts = PromptReader(tokenizer, self.pools, **sizes)
         limits = {"max_batch": max_batch, "max_prefill_tokens": max_prefill_tokens, "length_rule": binding.length_rule}
         self._scheduler = Scheduler(self.pools, **limits)
@@ -171,7 +171,7 @@ class LLM:
             self._executor,
             self._scheduler,
             max_seq_len=self.max_seq_len,
-            end_ids=end_ids_of(model, tokenizer, vocab_size),
+            end_ids=end_ids_of(model, tokenizer, vocabulary),
             overlap=self._executor.device.type == "cuda",
             decode=decoder_of(tokenizer),
         )
@@ -243,7 +243,7 @@ class LLM:
             CaptureError: a weight was moved or reassigned since capture.
         """
         self._engine.step()
-        return [self._outbox.popleft() for _ in range(len(self._outbox))]
+        return drained(self._outbox)
 
     @property
     def has_work(self) -> bool:

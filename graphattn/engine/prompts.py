@@ -9,6 +9,7 @@ from operator import index
 from ..errors import InvalidRequestError, OutOfPagesError
 from ..groups import GroupPools
 from ..sampling import SamplingParams
+from .arguments import Vocabulary
 
 Prompt = str | Sequence[int]
 Checked = tuple[tuple[int, ...], SamplingParams]
@@ -20,13 +21,13 @@ class PromptReader:
     Args:
         tokenizer: for text; None if there is none.
         pools: the pages that a request must fit in.
-        vocab_size: ids go from 0 to it, itself left out.
+        vocabulary: of the model.
         limit: tokens a request may reach, pages aside; None for no such limit.
         num_new: tokens of it that are computed at once at most.
     """
 
-    def __init__(self, tokenizer, pools: GroupPools, *, vocab_size: int, limit: int | None, num_new: int):
-        self._tokenizer, self._vocab_size, self._limit = tokenizer, vocab_size, limit
+    def __init__(self, tokenizer, pools: GroupPools, *, vocabulary: Vocabulary, limit: int | None, num_new: int):
+        self._tokenizer, self._vocabulary, self._limit = tokenizer, vocabulary, limit
         self._room, self._pool = pools.tightest(num_new)
 
     def read_all(
@@ -66,8 +67,10 @@ class PromptReader:
             raise InvalidRequestError(f"{name} is neither text nor a sequence of token ids: {error}") from error
         if not ids:
             raise InvalidRequestError(f"{name} is empty: give at least one token")
-        self._check_ids(ids, f"{name} has token")
-        self._check_ids(params.stop_token_ids, f"stop_token_ids of {name} has")
+        _check_ids(ids, self._vocabulary.fed, f"{name} has token")
+        _check_ids(params.stop_token_ids, self._vocabulary.drawn, f"stop_token_ids of {name} has")
+        if params.repetition_penalty != 1:
+            _check_ids(ids, self._vocabulary.drawn, f"a repetition_penalty is for what can be drawn, and {name} has")
         if self._limit is not None and len(ids) >= self._limit:
             raise InvalidRequestError(
                 f"{name} has {len(ids)} tokens, max_seq_len is {self._limit}: there is no room to generate"
@@ -111,12 +114,11 @@ class PromptReader:
             raise InvalidRequestError(f"{name} is text and there is no tokenizer: pass tokenizer= or token ids")
         return self._tokenizer(text, **options)["input_ids"]
 
-    def _check_ids(self, ids: Sequence[int], what: str) -> None:
-        for position, token_id in enumerate(ids):
-            if not 0 <= token_id < self._vocab_size:
-                raise InvalidRequestError(
-                    f"{what} {token_id} at position {position}: ids go from 0 to {self._vocab_size - 1}"
-                )
+
+def _check_ids(ids: Sequence[int], end: int, what: str) -> None:
+    for position, token_id in enumerate(ids):
+        if not 0 <= token_id < end:
+            raise InvalidRequestError(f"{what} {token_id} at position {position}: ids go from 0 to {end - 1}")
 
 
 def _is_conversation(messages: object) -> bool:

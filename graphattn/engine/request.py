@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,6 +80,15 @@ class Delta:
     token_ids: tuple[int, ...]
     text: str
     output: RequestOutput | None = None
+
+
+def drained(outbox: deque[Delta]) -> list[Delta]:
+    """What lies in an outbox, taken out of it; another thread may be taking from it too."""
+    deltas = []
+    with suppress(IndexError):
+        while True:
+            deltas.append(outbox.popleft())
+    return deltas
 
 
 @dataclass(eq=False)
@@ -170,7 +180,7 @@ class Request:
 
     def forget_unread(self) -> None:
         """Undoes every `draw` that was not accepted."""
-        del self.tokens[len(self.tokens) - self.num_unread :]
+        self.tokens = self.tokens[: len(self.tokens) - self.num_unread]
         self.num_unread = 0
 
     def accept(self, token_id: int, logprobs: dict[int, float] | None) -> FinishReason | None:

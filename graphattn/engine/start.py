@@ -6,9 +6,8 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
-import torch
-
 from ..buckets import BucketLadder
+from ..capture import give_back
 from ..errors import DeviceMemoryError
 from ..ledger import CACHE, Ledger, mib
 from ..profile import CaptureProfile, StartCosts
@@ -62,8 +61,7 @@ class Start:
             OutOfPagesError: the cache does not hold one request of `max_seq_len`.
         """
         executor, sizing = self._executor, self._sizing
-        if executor.device.type == "cuda":
-            torch.cuda.empty_cache()  # what loading left is free for us
+        give_back(executor.device)  # what loading left is free for us
         base = base_ledger(executor)
         if sizing.ask.is_share and base.meters.free is None:
             raise DeviceMemoryError(

@@ -80,6 +80,7 @@ class Attention(nn.Module):
             rope_scale=rope_scale,
             variant=variant,
         )
+        self._told = self.spec.told  # here, since the compiler would trace how it is made
         if rotary is not None and pos_encoding != "none":
             raise InvalidArgumentError(f"rotary= and pos_encoding={pos_encoding!r} would turn twice: give one of them")
         if rotary is not None and (rotary.inv_freq.dim() not in (1, 2) or 2 * rotary.num_turned > head_dim):
@@ -202,15 +203,15 @@ class Attention(nn.Module):
         if rotary is not None:
             norms = (rotary.q_weight, rotary.k_weight, rotary.eps)
             turn = (rotary.inv_freq, rotary.scaling, *norms, rotary.threshold)
-        scales = {} if self.kv_scales is None else {"scales": self.kv_scales}
+        options = {"scales": self.kv_scales, "layer": self._told}
         if spec.variant is not None:
             values = [getattr(self, name) for name in self._values]
             return torch.ops.graphattn.variant_attend(
-                *tensors, self.group, spec.variant.digest, values, *turn, **scales
+                *tensors, self.group, spec.variant.digest, values, *turn, **options
             )
         if rotary is None:
-            return torch.ops.graphattn.attend(*tensors, self.group, **scales)
-        return torch.ops.graphattn.rotary_attend(*tensors, self.group, *turn, **scales)
+            return torch.ops.graphattn.attend(*tensors, self.group, **options)
+        return torch.ops.graphattn.rotary_attend(*tensors, self.group, *turn, **options)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, group={self.group}"

@@ -7,7 +7,8 @@ for the whole cache (`cache.all_pages`), so a compiled layer serves caches of an
 `rotary_attend` takes queries and keys as they leave their projections, and norms and rotates them too. `variant_attend`
 is either for layers with a variant: it takes the layer's tensors, and the digest of the variant that they are for.
 `scales` of any is `[2, kv heads]` float32, for a cache of fp8: a tensor and no number, so that neither what is compiled
-nor what is captured depends on it.
+nor what is captured depends on it. `layer` says what the layer computes (`AttentionSpec.told`), to be held against the
+plan; None where the caller knows.
 
 `torch.ops.graphattn.linear(x, weight, ...) -> out` is a linear layer with the norm before it, and the gate and residual
 after it, by one kernel of ours where rows are few. How many they are is looked at in each call, so one compiled step
@@ -55,6 +56,7 @@ def _attend(
     variant: str | None = None,
     values: Sequence[Tensor] = (),
     scales: Tensor | None = None,
+    layer: str | None = None,
 ) -> Tensor:
     plans = _active.get()
     if plans is None:
@@ -86,6 +88,11 @@ def _attend(
             f"{spec.num_heads} query heads and {spec.num_kv_heads} kv heads of {spec.head_dim}: give layers with other "
             "heads a group of their own"
         )
+    if layer is not None and layer != spec.told:
+        raise InvalidArgumentError(
+            f"the layer computes {layer}, the plan of group {group} was made for {spec.told}: give Planner the layer's "
+            "spec, and layers that compute another thing groups of their own (Attention(group=...))"
+        )
     planned = None if spec.variant is None else spec.variant.digest
     if variant != planned:
         raise InvalidArgumentError(
@@ -112,15 +119,23 @@ def _rotary_attend(
     eps: float,
     threshold: int,
     scales: Tensor | None = None,
+    layer: str | None = None,
 ) -> Tensor:
     rotary = Rotary(inv_freq, scaling, q_weight, k_weight, eps, threshold)
-    return _attend(q, k, v, k_cache, v_cache, group, rotary, scales=scales)
+    return _attend(q, k, v, k_cache, v_cache, group, rotary, scales=scales, layer=layer)
 
 
 def _plain_attend(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, group: int, scales: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    group: int,
+    scales: Tensor | None = None,
+    layer: str | None = None,
 ) -> Tensor:
-    return _attend(q, k, v, k_cache, v_cache, group, scales=scales)
+    return _attend(q, k, v, k_cache, v_cache, group, scales=scales, layer=layer)
 
 
 def _variant_attend(
@@ -139,9 +154,10 @@ def _variant_attend(
     eps: float = 0.0,
     threshold: int = 0,
     scales: Tensor | None = None,
+    layer: str | None = None,
 ) -> Tensor:
     rotary = None if inv_freq is None else Rotary(inv_freq, scaling, q_weight, k_weight, eps, threshold)
-    return _attend(q, k, v, k_cache, v_cache, group, rotary, variant, values, scales)
+    return _attend(q, k, v, k_cache, v_cache, group, rotary, variant, values, scales, layer)
 
 
 def _linear(
@@ -233,11 +249,12 @@ def _attend_fake(
 _library = torch.library.Library("graphattn", "DEF")
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, int group"
 _ROTARY = (
-    "Tensor inv_freq, float scaling, Tensor? q_weight, Tensor? k_weight, float eps, int threshold, Tensor? scales=None"
+    "Tensor inv_freq, float scaling, Tensor? q_weight, Tensor? k_weight, float eps, int threshold, "
+    "Tensor? scales=None, str? layer=None"
 )
 _VARIANT = (
     "str variant, Tensor[] values, Tensor? inv_freq=None, float scaling=1.0, Tensor? q_weight=None, "
-    "Tensor? k_weight=None, float eps=0.0, int threshold=0, Tensor? scales=None"
+    "Tensor? k_weight=None, float eps=0.0, int threshold=0, Tensor? scales=None, str? layer=None"
 )
 _LINEAR = (
     "Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm=None, float eps=0.0, bool gated=False, "
@@ -248,7 +265,7 @@ _LINEAR_PAIR = (
     "Tensor? next_bias, bool gated"
 )
 for _name, _schema, _function, _fake in (
-    ("attend", f"({_ARGUMENTS}, Tensor? scales=None) -> Tensor", _plain_attend, _attend_fake),
+    ("attend", f"({_ARGUMENTS}, Tensor? scales=None, str? layer=None) -> Tensor", _plain_attend, _attend_fake),
     ("rotary_attend", f"({_ARGUMENTS}, {_ROTARY}) -> Tensor", _rotary_attend, _attend_fake),
     ("variant_attend", f"({_ARGUMENTS}, {_VARIANT}) -> Tensor", _variant_attend, _attend_fake),
     ("linear", f"({_LINEAR}) -> Tensor", _linear, _linear_fake),

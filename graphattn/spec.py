@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 
@@ -87,6 +88,12 @@ class AttentionSpec:
         """All but what is as it is by default."""
         told = (field for field in fields(self) if getattr(self, field.name) != field.default)
         return f"AttentionSpec({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in told)})"
+
+    @cached_property
+    def told(self) -> str:
+        """What it computes in words, alike for two that compute the same; of the variant nothing but that there is one,
+        which its digest tells."""
+        return repr(replace(self, variant=None))
 
     @property
     def group_size(self) -> int:

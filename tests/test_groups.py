@@ -199,6 +199,39 @@ def test_a_layer_of_other_heads_than_its_group_is_refused(heads, group: int, wor
     assert all((tensor == 7.0).all() for tensor in pages.layers[0]), "it wrote before it was refused"
 
 
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.inductor)], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "other", [{"window": 3}, {"softcap": 5.0}, {"scale": 1.0}, {"pos_encoding": "rope_llama"}], ids=str
+)
+def test_a_layer_that_computes_another_thing_than_its_group_is_refused(other: dict, compiles: bool) -> None:
+    """It would compute what the plan says and nobody would notice."""
+    layer, cache = Attention(4, 8, num_kv_heads=2, **other), CacheSpec(num_pages=4, page_size=4, dtype=torch.float32)
+    layer.bind(*KVCache(1, layer.spec, cache, "cpu").layers[0])
+    q, k = torch.randn(2, 4, 8), torch.randn(2, 2, 8)
+    if compiles:
+        torch._dynamo.reset()
+    call = torch.compile(layer, fullgraph=True) if compiles else layer
+    words = rf"the layer computes AttentionSpec\(.*{next(iter(other))}=.* the plan of group 0 was made for Attention"
+    with torch.no_grad(), active_plans(planned(cache).groups), pytest.raises(InvalidArgumentError, match=words):
+        call(q, k, k)
+    with torch.no_grad(), active_plans(planned([cache], [layer.spec]).groups):
+        assert call(q, k, k).isfinite().all()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_other_tokens_than_were_planned_are_refused(count: int) -> None:
+    """One would be written into the places of all; on a device others would be written anywhere."""
+    layer, cache = Attention(4, 8, num_kv_heads=2), CacheSpec(num_pages=4, page_size=4, dtype=torch.float32)
+    pages = KVCache(1, layer.spec, cache, "cpu")
+    pages.clear(range(4))
+    layer.bind(*pages.layers[0])
+    q, k = torch.randn(count, 4, 8), torch.randn(count, 2, 8)
+    words = f"q has {count} tokens, the step was planned for 2"
+    with torch.no_grad(), active_plans(planned(cache).groups), pytest.raises(InvalidArgumentError, match=words):
+        layer(q, k, k)
+    assert not any(tensor.any() for tensor in pages.layers[0])
+
+
 @pytest.mark.parametrize(
     "caches",
     [

@@ -131,9 +131,14 @@ class Backend(Protocol):
         ...
 
 
-def check_pages(cache: CacheSpec, q_NHD: Tensor, k_cache: Tensor, scales_2K: Tensor | None) -> None:
-    """Raises InvalidArgumentError for a layer with fewer pages than its plan was made for, or with fp8 pages under a
-    plan of others, and the reverse."""
+def check_step(cache: CacheSpec, num_tokens: int, q_NHD: Tensor, k_cache: Tensor, scales_2K: Tensor | None) -> None:
+    """Raises InvalidArgumentError for a layer with other tokens or fewer pages than its plan was made for, or with fp8
+    pages under a plan of others, and the reverse."""
+    if len(q_NHD) != num_tokens:
+        raise InvalidArgumentError(
+            f"q has {len(q_NHD)} tokens, the step was planned for {num_tokens}: give the layer all tokens of the batch "
+            "that was planned last, and no others"
+        )
     if len(k_cache) < cache.num_pages:
         raise InvalidArgumentError(
             f"the layer's cache has {len(k_cache)} pages, the plan was made for {cache.num_pages}: bind the cache of "

@@ -21,7 +21,7 @@ from ..prefixes import Cascade, pays, shared_prefixes
 from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
-from .base import Plan, PrefillPlan, check_pages
+from .base import Plan, PrefillPlan, check_step
 from .flashinfer import FlashInferBackend
 from .reference import ReferenceBackend
 from .segments import level_segments, max_slots, stretches
@@ -181,7 +181,7 @@ class CascadePlan:
         values: Sequence[Tensor] = (),
         scales_2K: Tensor | None = None,
     ) -> Tensor:
-        check_pages(self._cache, q_NHD, k_cache, scales_2K)
+        check_step(self._cache, len(self._rows_B), q_NHD, k_cache, scales_2K)
         states, pages = self._states, (k_cache, v_cache)
         if rotary is not None:
             q_NHD, k_NKD = states.rotate(rotary, q_NHD, k_NKD, self._positions_B)

@@ -18,7 +18,7 @@ from ..padded import PaddedBatch
 from ..rope import Rotary
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
-from .base import Plan, PrefillPlan, check_pages
+from .base import Plan, PrefillPlan, check_step
 from .flashinfer import FlashInferBackend
 
 HEAD_DIMS = (64, 128, 256)
@@ -156,7 +156,7 @@ class DecodePlan:
         values: Sequence[Tensor] = (),
         scales_2K: Tensor | None = None,
     ) -> Tensor:
-        check_pages(self._cache, q_NHD, k_cache, scales_2K)
+        check_step(self._cache, len(self._csr.last_page_len_B), q_NHD, k_cache, scales_2K)
         from ..kernels.chain import is_chained
         from ..kernels.decode import decode_kernel
 

@@ -18,7 +18,7 @@ from ..rope import Rotary
 from ..scales import dequantised, pair, quantised
 from ..spec import AttentionSpec, CacheSpec
 from ..state import StepState
-from .base import check_pages
+from .base import check_step
 
 QUERY_BLOCK = 512  # query tokens whose scores are held at once
 
@@ -95,7 +95,7 @@ class ReferencePlan:
         values: Sequence[Tensor] = (),
         scales_2K: Tensor | None = None,
     ) -> Tensor:
-        check_pages(self._cache, q_NHD, k_cache, scales_2K)
+        check_step(self._cache, len(self._positions_N), q_NHD, k_cache, scales_2K)
         if rotary is not None:
             q_NHD, k_NKD = rotary.rotate(q_NHD, k_NKD, self._positions_N, self._lengths_N)
         is_hnd = self._cache.layout == "HND"

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...batch import CSR, Batch
 from ...rope import Rotary
 from ...spec import AttentionSpec, CacheSpec
-from ..base import check_pages
+from ..base import check_step
 from . import private, variant
 from .workspace import PlanFence
 
@@ -58,7 +58,7 @@ class PagedPlan:
         values: Sequence[Tensor] = (),
         scales_2K: Tensor | None = None,
     ) -> Tensor:
-        check_pages(self._cache, q_NHD, k_cache, scales_2K)
+        check_step(self._cache, len(self._rows_N), q_NHD, k_cache, scales_2K)
         if rotary is not None:
             from ...kernels.rotate import rotate
 

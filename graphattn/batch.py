@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidArgumentError
+from .integers import integers, integers32
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def csr_arrays(
     """indptr, indices and last_page_len for rows of `kv_lens` tokens; a table may hold more pages than that needs.
 
     Raises:
-        InvalidArgumentError: a row is empty, its table too short for its tokens, or a page number negative.
+        InvalidArgumentError: a row is empty, its table too short for its tokens, or a page number negative or no int.
     """
     lens = np.asarray(kv_lens, dtype=np.int32)
     counts = -(-lens // page_size)
@@ -92,7 +93,7 @@ def csr_arrays(
     indptr = np.zeros(len(lens) + 1, dtype=np.int32)
     np.cumsum(counts, out=indptr[1:])
     pages = chain.from_iterable(islice(table, count) for table, count in zip(tables, counts.tolist(), strict=True))
-    indices = np.fromiter(pages, dtype=np.int32, count=int(indptr[-1]))
+    indices = integers32(list(pages), "pages in a table")
     if len(indices) and indices.min() < 0:
         raise InvalidArgumentError(f"page {indices.min()} is in a table: pages count from 0")
     return indptr, indices, (lens - 1) % page_size + 1
@@ -135,11 +136,12 @@ def ragged_arrays(
             raise InvalidArgumentError(f"{name} has {len(given)} rows, token_ids {len(counts)}: make them equal")
     if not all(hasattr(start, "__index__") and start >= 0 for start in starts):
         raise InvalidArgumentError(f"starts={list(starts)}: they are tokens in the cache, ints of at least 0")
+    lengths = lengths if lengths is None else integers(lengths, "lengths")
     kv_lens = [start + count for start, count in zip(starts, counts, strict=True)]
     positions = np.concatenate([np.arange(start, end) for start, end in zip(starts, kv_lens, strict=True)])
     lengths_N = np.maximum(positions + 1, np.repeat(kv_lens if lengths is None else lengths, counts))
     return RaggedArrays(
-        token_ids_N=np.fromiter(chain.from_iterable(token_ids), dtype=np.int32, count=len(positions)),
+        token_ids_N=integers32(list(chain.from_iterable(token_ids)), "token_ids"),
         positions_N=positions.astype(np.int32, casting="same_kind"),
         rows_N=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
         lengths_N=lengths_N.astype(np.int32, casting="same_kind"),
@@ -170,7 +172,8 @@ def ragged_batch(
             as it is with that token; None for its length with all of these tokens.
 
     Raises:
-        InvalidArgumentError: a row has no new token, or too few pages, or the arguments are not of the same rows.
+        InvalidArgumentError: a row has no new token, or too few pages, the arguments are not of the same rows, or
+            numbers are no ints of 32 bits.
     """
     arrays = ragged_arrays(token_ids, starts, tables, page_size=page_size, lengths=lengths)
     parts = [arrays.token_ids_N, arrays.positions_N, arrays.rows_N, arrays.lengths_N, *chain(*arrays.groups)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidArgumentError
+from .integers import integers
 from .pages import NULL_PAGE
 from .spec import AttentionSpec, CacheSpec
 
@@ -126,7 +127,7 @@ class KVCache:
     def _index(self, pages: Sequence[int]) -> Tensor:
         if any(not 0 <= page < self.cache.num_pages for page in pages):
             raise InvalidArgumentError(f"pages {list(pages)}: the cache has pages 0 to {self.cache.num_pages - 1}")
-        return torch.tensor(pages, dtype=torch.int64, device=self.device)
+        return torch.from_numpy(integers(list(pages), "pages")).to(self.device)
 
     def _bytes(self) -> Iterator[Tensor]:
         """Keys and values of every layer, those in fp8 as bytes: torch does not have all its kernels for fp8."""

@@ -88,6 +88,11 @@ class PaddedBatch:
             InvalidArgumentError: more tokens, rows or pages of a row than there is room for, or what `ragged_batch`
                 refuses.
         """
+        if len(tables) != len(self.groups) or len(starts) != len(token_ids):
+            raise InvalidArgumentError(
+                f"{len(token_ids)} rows with {len(starts)} starts and pages of {len(tables)} layer groups: give each a "
+                f"start, and pages of {len(self.groups)} groups"
+            )
         count = self.num_tokens - self._checked(token_ids, starts, last)
         if count:
             token_ids, starts = [*token_ids, [0] * count], [*starts, 0]
@@ -124,7 +129,7 @@ class PaddedBatch:
     def _checked(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int], last: Sequence[int]) -> int:
         """How many tokens there are, if they and their rows fit."""
         count = sum(map(len, token_ids))
-        lens = [start + len(ids) for start, ids in zip(starts, token_ids, strict=False)]
+        lens = [start + len(ids) for start, ids in zip(starts, token_ids, strict=True)]
         if count > self.num_tokens or len(token_ids) > self.num_rows:
             raise InvalidArgumentError(
                 f"{count} tokens in {len(token_ids)} rows: the batch has {self.num_tokens} tokens in {self.num_rows} "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .batch import CSR, Batch, csr_arrays
 from .errors import InvalidArgumentError
+from .integers import integers, integers32
 from .mirror import UNKNOWN, Mirror, aligned
 from .pages import NULL_PAGE
 from .spec import AttentionSpec
@@ -141,11 +142,12 @@ class StepState:
 
         Raises:
             InvalidArgumentError: more rows than the bucket holds, a row longer than `max_seq_len`, too few pages, a
-                page outside the cache, or arguments that differ in length. What is on the device stays as it was.
+                page outside the cache, numbers that are no ints, or arguments that differ in length. What is on the
+                device stays as it was.
         """
         num_rows = len(token_ids)
         self._check_counts(bucket, num_rows, seq_lens, tables)
-        lens_B = np.array(seq_lens, dtype=np.int64)
+        lens_B = integers(seq_lens, "seq_lens")
         if num_rows and lens_B.max() > self.max_seq_len:
             row = int(lens_B.argmax())
             raise InvalidArgumentError(f"row {row}: {seq_lens[row]} tokens, max_seq_len is {self.max_seq_len}")
@@ -224,20 +226,19 @@ class StepState:
         sources_B, tokens_B = wanted_2B
         if drawn is None:
             sources_B[:] = np.arange(num_rows)
-            tokens_B[:] = np.array(token_ids, dtype=np.int32)
+            tokens_B[:] = integers32(token_ids, "token_ids")
             return
         given = [place for place in drawn if place is not None]
         if len(drawn) != num_rows or (given and not 0 <= min(given) <= max(given) < self.drawn.numel()):
             places = f"0 to {self.drawn.numel() - 1}"
             raise InvalidArgumentError(f"drawn={list(drawn)}, {num_rows} rows: give each a place, {places}, or None")
         if len(given) == num_rows:
-            sources_B[:] = given
-            sources_B += self._drawn_from
+            sources_B[:] = integers(given, "drawn") + self._drawn_from
         else:
             is_drawn_B = np.array([place is not None for place in drawn])
             sources_B[:] = np.arange(num_rows)
-            sources_B[is_drawn_B] = np.array(given, dtype=np.int64) + self._drawn_from
-            tokens_B[~is_drawn_B] = np.array(token_ids, dtype=np.int32)[~is_drawn_B]
+            sources_B[is_drawn_B] = integers(given, "drawn") + self._drawn_from
+            tokens_B[~is_drawn_B] = integers32(token_ids, "token_ids")[~is_drawn_B]
 
     def _csr_host(self, held: Sequence[Sequence[int]], kv_lens_B: np.ndarray) -> CSR:
         padding = [[NULL_PAGE]] * (len(kv_lens_B) - len(held))

@@ -10,6 +10,7 @@ from operator import ne
 import numpy as np
 
 from .errors import InvalidArgumentError
+from .integers import integers
 
 UNCHECKED = -1
 
@@ -113,6 +114,7 @@ class SentTables:
                 found.pages += table[start:count]
             found.rows.append((row, table.copy(), max(start, count)))
         pages = found.pages
+        integers(pages, f"tables of layer group {group}")
         if num_pages is not None and pages and not 0 <= min(pages) <= max(pages) < num_pages:
             raise InvalidArgumentError(
                 f"tables of layer group {group} hold pages {min(pages)} to {max(pages)}, the cache has pages 0 to "

@@ -70,6 +70,7 @@ def test_a_copy_in_another_layout(layouts: tuple[str, str], page_size: int) -> N
         (lambda cache: cache.clear([4]), "the cache has pages 0 to 3"),
         (lambda cache: cache.clear([-1]), "the cache has pages 0 to 3"),
         (lambda cache: cache.copy_pages([1], [4]), "the cache has pages 0 to 3"),
+        (lambda cache: cache.clear([1.5]), "pages: 1.5 is among them, give ints"),
         (lambda cache: cache.copy_pages([1], [0]), "not the null page"),
         (lambda cache: cache.copy_pages([1, 2], [3]), "give as many of both"),
     ],

@@ -27,6 +27,7 @@ PACKAGE = ROOT / "graphattn"
 # A module may import what stands above it and never what stands below. A new module gets its place here.
 ORDER = (
     "errors",
+    "integers",
     "variants",
     "spec",
     "rope",

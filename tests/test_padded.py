@@ -126,6 +126,36 @@ ROWS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (([[1.5]], [0], [[[1]]], None), "token_ids: 1.5 is among them, give ints of 32 bits"),
+        (([[2**40]], [0], [[[1]]], None), "token_ids: they go from .* to 1099511627776, give ints of 32"),
+        (([[1]], [0], [[[1.9]]], None), "pages in a table: 1.9 is among them"),
+        (([[1]], [0], [[[2**40]]], None), "pages in a table: they go from"),
+        (([[1]], [0], [[[1]]], [2.5]), "lengths: 2.5 is among them"),
+    ],
+    ids=str,
+)
+def test_numbers_that_are_no_ints_are_refused(rows: tuple, words: str) -> None:
+    """numpy would cut a page to that of another row."""
+    ids, starts, tables, lengths = rows
+    with pytest.raises(InvalidArgumentError, match=words):
+        ragged_batch(ids, starts, tables, page_size=4, device="cpu", lengths=lengths)
+    padded = PaddedBatch(8, 2, max_pages=4, page_size=4, num_groups=1, device="cpu")
+    with pytest.raises(InvalidArgumentError, match=words):
+        padded.fill(ids, starts, tables, [0], lengths)
+
+
+@pytest.mark.parametrize("num_groups", [0, 2])
+def test_pages_of_other_groups_and_rows_without_starts_are_refused(num_groups: int) -> None:
+    padded = PaddedBatch(8, 2, max_pages=4, page_size=4, num_groups=1, device="cpu")
+    with pytest.raises(InvalidArgumentError, match=f"1 starts and pages of {num_groups} layer groups: give each"):
+        padded.fill([[1, 2, 3]], [0], [[[1]]] * num_groups, [2])
+    with pytest.raises(InvalidArgumentError, match="1 rows with 2 starts and pages of 1 layer groups"):
+        padded.fill([[1, 2, 3]], [0, 0], [[[1]]], [2])
+
+
 def attended(plan: StepPlan, padded: PaddedBatch, rows: DenseRows, inputs: tuple[Tensor, ...]) -> None:
     """Sends the rows' numbers and queries, keys and values, padded, to where a captured step reads them."""
     tables = [[table.pages for table in rows.tables]]

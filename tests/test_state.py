@@ -275,6 +275,26 @@ def test_tables_are_checked_against_another_cache() -> None:
         state.stage(1, [0], [5], tables, num_pages=[8])
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (([1.5], [1], [[[1]]]), "token_ids: 1.5 is among them"),
+        (([2**40], [1], [[[1]]]), "token_ids: they go from"),
+        (([1], [1.5], [[[1]]]), "seq_lens: 1.5 is among them"),
+        (([1], ["1"], [[[1]]]), "seq_lens: '1' is among them"),
+        (([1], [1], [[[1.5]]]), "tables of layer group 0: 1.5 is among them"),
+        (([1], [1], [[[1]]], [0.5]), "drawn: 0.5 is among them"),
+    ],
+    ids=str,
+)
+def test_numbers_that_are_no_ints_are_refused(rows: tuple, words: str) -> None:
+    state = StepState(max_batch=2, max_seq_len=8, page_size=4, groups=[SPEC], device="cpu")
+    ids, lens, tables, *drawn = rows
+    with pytest.raises(InvalidArgumentError, match=words):
+        state.stage(2, ids, lens, tables, **({"drawn": drawn[0]} if drawn else {}))
+    state.stage(2, [1], [1], [[[1]]])
+
+
 def test_a_batch_keeps_its_own_host_numbers() -> None:
     """A plan may ask after the tables that it was staged from have changed."""
     state = StepState(max_batch=2, max_seq_len=16, page_size=4, groups=[SPEC], device="cpu")

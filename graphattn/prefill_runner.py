@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .capture import capture_graph, give_back, holds, on_stream, piece_for
-from .errors import BucketError
+from .errors import BucketError, CaptureError
 from .ops import active_plans
 from .outputs import Outputs
 from .padded import PaddedBatch
@@ -123,7 +123,11 @@ class PrefillRunner:
 
         Returns:
             Those that memory does not hold, and what it said.
+
+        Raises:
+            CaptureError: the step cannot be captured, or the runner is closed.
         """
+        self._check_open()
         failed: dict[int, str] = {}
         for done, num_tokens in enumerate(self.asked, start=1):
             if (reason := self._prepare_or_drop(num_tokens)) is not None:
@@ -161,12 +165,15 @@ class PrefillRunner:
 
         Raises:
             BucketError: there is no such bucket.
+            CaptureError: the runner is closed.
             InvalidArgumentError: the rows are more than it holds, not of one length, without tokens or pages, or a page
                 is not the cache's.
         """
         if bucket not in self._buckets:
+            self._check_open()
             raise BucketError(
-                f"no prefill of {bucket} tokens is prepared, only {list(self.buckets)}: ask pick() for one"
+                f"no prefill of {bucket} tokens is prepared, only {list(self.buckets)}: call capture() before, and ask "
+                "pick() for one"
             )
         prepared = self._buckets[bucket]
         prepared.plan.plan(prepared.padded.fill(token_ids, starts, tables, last, lengths))
@@ -187,6 +194,10 @@ class PrefillRunner:
         self._outputs.clear()
         for name in ("_planner", "_step_fn"):
             vars(self).pop(name, None)
+
+    def _check_open(self) -> None:
+        if "_planner" not in vars(self):
+            raise CaptureError("the runner is closed, its graphs are freed: make a new one")
 
     def _rows(self, num_tokens: int) -> int:
         return min(self._max_batch, num_tokens, max(2, num_tokens // TOKENS_A_ROW))

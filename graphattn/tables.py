@@ -82,6 +82,9 @@ class SentTables:
         """
         num_rows = len(tables)
         if set(map(type, tables)) != {list}:
+            if not all(hasattr(table, "__iter__") for table in tables):
+                kinds = sorted({type(table).__name__ for table in tables})
+                raise InvalidArgumentError(f"tables of layer group {group} are {', '.join(kinds)}: give table.pages")
             tables = [list(table) for table in tables]
         counts_B = (lens_B + (page_size - 1)) // page_size
         changed = list(compress(range(num_rows), map(ne, tables, self._tables)))

@@ -20,7 +20,7 @@ from graphattn import LLM, SamplingParams
 from graphattn.batch import ragged_batch
 from graphattn.engine.executor import Executor
 from graphattn.engine.sizing import weights_of_token
-from graphattn.errors import BucketError, DeviceMemoryError, InvalidArgumentError
+from graphattn.errors import BucketError, CaptureError, DeviceMemoryError, InvalidArgumentError
 from graphattn.pages import NULL_PAGE
 from graphattn.prefill_runner import MOST_WORK, SIZES, TOKENS_A_ROW, PrefillRunner, default_buckets
 
@@ -260,6 +260,9 @@ def test_its_buffers_are_in_the_ledger_and_go_when_the_engine_does() -> None:
                 assert run.num_bytes == lines[1]["step buffers"] - lines[0]["step buffers"] > 0
                 assert lines[1]["logits"] == lines[0]["logits"]
     assert run.num_bytes == 0 and run.pick(1, 1) is None
+    for call in (run.capture, lambda: run.run(64, [[1]], [0], [[[1]]], [0])):
+        with pytest.raises(CaptureError, match="the runner is closed, its graphs are freed: make a new one"):
+            call()
 
 
 @pytest.mark.gpu

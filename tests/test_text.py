@@ -134,6 +134,16 @@ def test_a_stop_string_before_half_a_character_counts_at_once() -> None:
         assert stream.take(final=True) == ("" if may_stop else "aEND\u20acy")
 
 
+@pytest.mark.parametrize("stop", [(), ("zz",)])
+def test_text_that_never_becomes_whole_is_not_decoded_over_and_over(stop) -> None:
+    """A model may draw bytes that are no text for as long as it likes, and other requests wait for this one's text."""
+    asked, tokenizer = [], Bytes([b"a", b"\x80", b"b"])
+    stream = TextStream(lambda ids: asked.append(len(ids)) or tokenizer.decode(ids), stop)
+    text = "".join(stream.push(token_id) or stream.take() for token_id in (0, *[1] * 500, 2)) + stream.take(final=True)
+    assert text == "a" + 500 * REPLACEMENT + "b"
+    assert max(asked) < 150
+
+
 def test_a_tokenizer_that_raises_leaves_what_was_there() -> None:
     def decode(ids):
         if 2 in ids:

@@ -7,6 +7,7 @@ from functools import partial
 
 DECODE_OPTIONS = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no whole character yet
+MOST_TRIES = 64  # at text that ends in no whole character; then it is none, and is not decoded over and over
 
 
 def decoder_of(tokenizer) -> Callable[[Sequence[int]], str] | None:
@@ -31,6 +32,7 @@ class TextStream:
         self._decode, self._stop = decode, tuple(stop)
         self._ids: list[int] = []
         self._prefix = self._read = 0  # a piece is decoded with the piece before it, since joins change spaces
+        self._tries = 0  # to decode what is behind it, in vain
         self._taken = self._searched = 0  # lengths of text; stop strings that end in what was searched do not count
 
     @property
@@ -60,7 +62,7 @@ class TextStream:
             return
         known = self._decode(self._ids[self._prefix : self._read]) if self._prefix < self._read else ""
         piece = self._decode(self._ids[self._prefix :])
-        is_whole = final or not piece.endswith(REPLACEMENT)
+        is_whole = final or not piece.endswith(REPLACEMENT) or self._tries >= MOST_TRIES
         text = self.text + (piece if is_whole else piece.rstrip(REPLACEMENT))[len(known) :]
         ended, self._searched = self._searched, len(text)
         if may_stop:
@@ -73,7 +75,9 @@ class TextStream:
             # leading space would take the next word for the first.
             if len(piece) > len(known):
                 self._prefix = self._read
-            self._read, self.text = len(self._ids), text
+            self._read, self.text, self._tries = len(self._ids), text, 0
+        else:
+            self._tries += 1
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that a stop string begins with."""

@@ -10,7 +10,7 @@ from .cache import all_pages, first_page
 from .errors import InvalidArgumentError
 from .rope import Rotary
 from .scales import checked_scale
-from .spec import FP8, AttentionSpec
+from .spec import DTYPES, FP8, AttentionSpec
 from .variants import Variant
 
 
@@ -144,6 +144,11 @@ class Attention(nn.Module):
         if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
             raise InvalidArgumentError(
                 f"k_cache has strides {k_cache.stride()}, v_cache {v_cache.stride()}: make them equal, the last one 1"
+            )
+        if k_cache.dtype not in DTYPES or k_cache.device != v_cache.device:
+            raise InvalidArgumentError(
+                f"k_cache is {k_cache.dtype} on {k_cache.device}, v_cache on {v_cache.device}: one device holds both, "
+                f"as one of {', '.join(map(str, DTYPES))}"
             )
         if k_cache.dtype != v_cache.dtype or (self.kv_scales is not None and k_cache.dtype != FP8):
             raise InvalidArgumentError(

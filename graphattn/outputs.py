@@ -32,15 +32,10 @@ class Outputs:
         """Makes buffers for what a step returned at a bucket.
 
         Raises:
-            InvalidArgumentError: an output's first dimension is not the bucket's rows.
+            InvalidArgumentError: they are no tensors, or one's first dimension is not the bucket's rows.
         """
         self._single = isinstance(outputs, Tensor)
-        outputs = (outputs,) if self._single else outputs
-        for index, output in enumerate(outputs):
-            if output.shape[:1] != (bucket,):
-                raise InvalidArgumentError(
-                    f"output {index} of step_fn is {tuple(output.shape)}: its first dimension must be the {bucket} rows"
-                )
+        outputs = _checked(outputs, bucket)
         with torch.inference_mode(False):
             self._tensors = tuple(
                 torch.zeros((max_rows, *output.shape[1:]), dtype=output.dtype, device=output.device)
@@ -48,8 +43,17 @@ class Outputs:
             )
 
     def copy_(self, outputs: Tensor | tuple[Tensor, ...], bucket: int) -> None:
-        """Takes a step's outputs into the first rows."""
-        for shared, output in zip(self._tensors, (outputs,) if self._single else outputs, strict=True):
+        """Takes a step's outputs into the first rows.
+
+        Raises:
+            InvalidArgumentError: as `allocate` does, or there are more or fewer than there were.
+        """
+        outputs = _checked(outputs, bucket)
+        if len(outputs) != len(self._tensors):
+            raise InvalidArgumentError(
+                f"step_fn returned {len(outputs)} tensors, {len(self._tensors)} before: return as many at every bucket"
+            )
+        for shared, output in zip(self._tensors, outputs, strict=True):
             shared[:bucket].copy_(output)
 
     def rows(self, num_rows: int) -> Tensor | tuple[Tensor, ...]:
@@ -76,3 +80,17 @@ class Outputs:
     def clear(self) -> None:
         """Lets go of the buffers."""
         self._tensors = ()
+
+
+def _checked(outputs: Tensor | tuple[Tensor, ...], bucket: int) -> tuple[Tensor, ...]:
+    several = (outputs,) if isinstance(outputs, Tensor) else outputs
+    if not isinstance(several, tuple | list) or not all(isinstance(output, Tensor) for output in several):
+        raise InvalidArgumentError(
+            f"step_fn returned a {type(outputs).__name__}: return a tensor or a tuple of tensors"
+        )
+    for index, output in enumerate(several):
+        if output.shape[:1] != (bucket,):
+            raise InvalidArgumentError(
+                f"output {index} of step_fn is {tuple(output.shape)}: its first dimension must be the {bucket} rows"
+            )
+    return tuple(several)

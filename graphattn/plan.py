@@ -130,6 +130,8 @@ class Planner:
     ):
         if cascade not in CASCADE_MODES:
             raise InvalidArgumentError(f"cascade={cascade!r}: choose {' or '.join(CASCADE_MODES)}")
+        if isinstance(groups, AttentionSpec):
+            raise InvalidArgumentError("groups is one AttentionSpec: give a list, with one for each layer group")
         device = torch.device(device)
         self.groups, self.device = tuple(groups), device
         self.caches = (cache,) * len(self.groups) if isinstance(cache, CacheSpec) else tuple(cache)

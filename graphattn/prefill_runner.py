@@ -71,7 +71,7 @@ class PrefillRunner:
 
     Raises:
         BackendError: a CUDA graph was asked of a backend that cannot be captured.
-        InvalidArgumentError: a bucket is no number of tokens.
+        InvalidArgumentError: a bucket is no number of tokens, or `max_batch` or `max_seq_len` none of what they count.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class PrefillRunner:
         kernel: str = "auto",
         enforce_eager: bool = False,
     ):
+        check_counts(max_batch=max_batch, max_seq_len=max_seq_len)
         for bucket in buckets:
             check_counts(**{"a prefill bucket": bucket})
         self.asked = tuple(sorted(set(buckets), reverse=True))

@@ -19,7 +19,7 @@ from .errors import InvalidArgumentError
 from .integers import integers, integers32
 from .mirror import UNKNOWN, Mirror, aligned
 from .pages import NULL_PAGE
-from .spec import AttentionSpec
+from .spec import AttentionSpec, check_counts
 from .tables import SentTables
 
 LENS, ACTIVE, SOURCES, TOKENS = range(4)  # the fields of a row
@@ -60,9 +60,7 @@ class StepState:
         groups: Sequence[AttentionSpec],
         device: torch.device | str,
     ):
-        for name, value in (("max_batch", max_batch), ("max_seq_len", max_seq_len), ("page_size", page_size)):
-            if value < 1:
-                raise InvalidArgumentError(f"{name}={value}: it must be at least 1")
+        check_counts(max_batch=max_batch, max_seq_len=max_seq_len, page_size=page_size)
         if not groups:
             raise InvalidArgumentError("no layer group: the state needs at least one")
         self.max_batch, self.max_seq_len, self.page_size = max_batch, max_seq_len, page_size

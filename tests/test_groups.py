@@ -218,6 +218,22 @@ def test_a_layer_that_computes_another_thing_than_its_group_is_refused(other: di
         assert call(q, k, k).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "pages",
+    [
+        [torch.zeros(2, 4, 2, 8, dtype=torch.int32)] * 2,
+        [torch.zeros(2, 4, 2, 8), torch.zeros(2, 4, 2, 8, device="meta")],
+    ],
+    ids=["int32", "devices"],
+)
+def test_pages_of_no_dtype_or_two_devices_are_refused(pages: list) -> None:
+    layer = Attention(4, 8, num_kv_heads=2)
+    with pytest.raises(
+        InvalidArgumentError, match=f"k_cache is {pages[0].dtype} on .*: one device holds both, as one of"
+    ):
+        layer.bind(*pages)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_other_tokens_than_were_planned_are_refused(count: int) -> None:
     """One would be written into the places of all; on a device others would be written anywhere."""

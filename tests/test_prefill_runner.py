@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny
 
-from graphattn import LLM, SamplingParams
+from graphattn import LLM, AttentionSpec, CacheSpec, Planner, SamplingParams
 from graphattn.batch import ragged_batch
 from graphattn.engine.executor import Executor
 from graphattn.engine.sizing import weights_of_token
@@ -241,6 +241,13 @@ def test_buckets_that_nobody_named_are_left_out_by_a_second_capture_too(room: li
 def laid_out(llm: LLM) -> tuple:
     executor = llm._executor
     return executor.planner.caches, executor.runner.ladder, executor.state.max_seq_len
+
+
+@pytest.mark.parametrize("sizes", [{"max_batch": 0, "max_seq_len": 8}, {"max_batch": 2, "max_seq_len": 2.5}], ids=str)
+def test_sizes_that_count_nothing(sizes: dict) -> None:
+    planner = Planner([AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=8)], CacheSpec(num_pages=4), "cpu")
+    with pytest.raises(InvalidArgumentError, match="it must be an int, at least 1"):
+        PrefillRunner(lambda *args: None, planner, [8], **sizes)
 
 
 def test_progress_counts_prefills_too() -> None:

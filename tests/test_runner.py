@@ -327,6 +327,22 @@ def test_nothing_runs_after_close() -> None:
 def test_what_no_runner_is(monkeypatch) -> None:
     with pytest.raises(InvalidArgumentError, match="its first dimension must be the 6 rows"):
         new_runner(lambda token_ids, positions: token_ids.sum()).capture()
+    for returned, kind in ((None, "NoneType"), ({"logits": torch.zeros(6)}, "dict"), ((torch.zeros(6), 1), "tuple")):
+        with pytest.raises(InvalidArgumentError, match=f"step_fn returned a {kind}: return a tensor or a tuple of"):
+            new_runner(lambda token_ids, positions, it=returned: it).capture()
+    for step_fn, words in (
+        (
+            lambda _, positions: (positions,) * (1 + (len(positions) == 6)),
+            "returned 1 tensors, 2 before: return as many",
+        ),
+        (lambda _, positions: positions[: 1 if len(positions) < 6 else 6], "its first dimension must be the 4 rows"),
+    ):
+        runner = new_runner(step_fn)
+        runner.capture()
+        with pytest.raises(InvalidArgumentError, match=words):
+            runner.run([1] * 3, [1] * 3, [[[1]] * 3])
+    with pytest.raises(InvalidArgumentError, match="groups is one AttentionSpec: give a list"):
+        Planner(SPEC, CACHE, "cpu")
     with pytest.raises(InvalidArgumentError, match="capture='some': choose all or lazy"):
         new_runner(lambda token_ids, positions: token_ids, capture="some")
     with pytest.raises(InvalidArgumentError, match="the ladder ends at 4, the state holds 6 rows"):

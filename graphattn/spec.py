@@ -91,9 +91,10 @@ class AttentionSpec:
 
     @cached_property
     def told(self) -> str:
-        """What it computes in words, alike for two that compute the same; of the variant nothing but that there is one,
-        which its digest tells."""
-        return repr(replace(self, variant=None))
+        """What it computes in words, the same for specs that are equal; but for the variant, which its digest tells."""
+        numbers = ("scale", "softcap", "rope_theta", "rope_scale")  # 50 and 50.0 are one cap
+        floats = {name: float(getattr(self, name)) for name in numbers if getattr(self, name) is not None}
+        return repr(replace(self, variant=None, **floats))
 
     @property
     def group_size(self) -> int:

@@ -571,7 +571,7 @@ def test_ids_that_can_be_fed_and_not_drawn() -> None:
 
 
 def test_a_second_interrupt_while_a_request_is_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes between any two instructions; the request waits on, without the pages that it had got."""
+    """It comes between any two instructions; the request waits on, and gives back what it had got."""
     with LLM(small(), max_batch=2, num_pages=80, page_size=4) as llm:
         want = llm.generate([PROMPTS[9]], greedy(4))[0].token_ids  # and leaves a prefix
         missing, interrupted = RowPages.missing, [KeyboardInterrupt]
@@ -585,8 +585,8 @@ def test_a_second_interrupt_while_a_request_is_admitted(monkeypatch: pytest.Monk
         request_id = llm.add_request(PROMPTS[9], greedy(4))
         with pytest.raises(KeyboardInterrupt):
             llm.step()
-        assert llm.pool.num_used == 0
         assert finish(llm, whole=False)[request_id].token_ids == want
+        assert llm.pool.num_used == 0
 
 
 def test_another_thread_sees_work_until_the_last_output_is_there() -> None:

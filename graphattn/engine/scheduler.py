@@ -139,21 +139,18 @@ class Scheduler:
         groups with windows those of what `budget` has it compute first."""
         # One page to spare for each running row, or it would be preempted again at once.
         request, spare, pools = self.waiting[0], len(self.running), self.pools.pools
+        request.pages.release()  # where an interrupt (a second Ctrl-C) has left it any
         if request.num_unread or any(pool.num_free <= spare for pool in pools):
             return None
         rule, num_tokens = self._length_rule, len(request.tokens)
         key = 0 if rule is None else rule.prefix_key(len(request.prompt), num_tokens)
-        try:
-            cached = request.pages.reuse_prefix(request.tokens, key)
-            end = min(num_tokens, cached + budget)
-            missing = request.pages.missing(end, num_tokens)
-            if any(count + spare > pool.num_free for count, pool in zip(missing, pools, strict=True)):
-                request.pages.refuse_prefix()  # it is asked for again at the next step
-                return None
-            request.pages.grow(end, num_tokens)
-        except BaseException:  # it waits on, and must not with pages
-            request.pages.release()
-            raise
+        cached = request.pages.reuse_prefix(request.tokens, key)
+        end = min(num_tokens, cached + budget)
+        missing = request.pages.missing(end, num_tokens)
+        if any(count + spare > pool.num_free for count, pool in zip(missing, pools, strict=True)):
+            request.pages.refuse_prefix()  # it is asked for again at the next step
+            return None
+        request.pages.grow(end, num_tokens)
         request.num_computed, request.computed_as = cached, num_tokens
         if request.cached_tokens is None:
             request.cached_tokens = cached

@@ -282,7 +282,7 @@ def test_tables_are_checked_against_another_cache() -> None:
         (([2**40], [1], [[[1]]]), "token_ids: they go from"),
         (([1], [1.5], [[[1]]]), "seq_lens: 1.5 is among them"),
         (([1], ["1"], [[[1]]]), "seq_lens: '1' is among them"),
-        (([1], [1], [[object()]]), "tables of layer group 0 are object: give table.pages"),
+        (([1], [1], [[None]]), "tables of layer group 0 are NoneType: give table.pages"),
         (([1], [1], [[[1.5]]]), "tables of layer group 0: 1.5 is among them"),
         (([1], [1], [[[1]]], [0.5]), "drawn: 0.5 is among them"),
     ],

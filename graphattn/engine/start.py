@@ -61,7 +61,8 @@ class Start:
             OutOfPagesError: the cache does not hold one request of `max_seq_len`.
         """
         executor, sizing = self._executor, self._sizing
-        give_back(executor.device)  # what loading left is free for us
+        if executor.device.type == "cuda":
+            give_back(executor.device)  # what loading left is free for us
         base = base_ledger(executor)
         if sizing.ask.is_share and base.meters.free is None:
             raise DeviceMemoryError(
